@@ -1,0 +1,156 @@
+"""What the tests share: the program as real processes, and the checksum of what it learned."""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "train_ddp.py"
+SAMPLE = ROOT / "tests" / "mnist_sample"
+sys.path.insert(0, str(ROOT))
+
+
+def command(
+    *flags: object, torchrun: int | None = None, data: bool = True
+) -> list[str]:
+    """The command line; with `torchrun`, started by torchrun with so many processes."""
+    launcher = [sys.executable]
+    if torchrun:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={torchrun}"]
+    flags = [*flags, "--data_dir", SAMPLE] if data else [*flags]
+    return [*launcher, str(SCRIPT), *map(str, flags)]
+
+
+def run(cmd: list[str], cwd: Path, timeout: float = 120, **env: str):
+    """Run to the end; the result has returncode, stdout and stderr."""
+    return subprocess.run(
+        cmd,
+        cwd=cwd,
+        env=os.environ | env,
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+    )
+
+
+class Started:
+    """A running command in a process group of its own, as a shell would start it."""
+
+    def __init__(self, cmd: list[str], cwd: Path, **env: str) -> None:
+        self.log = (cwd / f"log-{time.monotonic_ns()}").open("w+")
+        self.process = subprocess.Popen(
+            cmd,
+            cwd=cwd,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | env,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def output(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+    def wait_for(self, pattern: str, timeout: float = 60) -> re.Match:
+        """Poll the output until it matches."""
+        return wait_until(lambda: re.search(pattern, self.output()), timeout, self)
+
+    def wait(self, timeout: float = 60) -> int:
+        return self.process.wait(timeout)
+
+    def workers(self) -> list[int]:
+        """The pids of all processes below this one that run Python code of the trainer."""
+        return descendants(self.process.pid)
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below `pid`, from /proc."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue  # it has just ended
+        if fields[0] != "Z":
+            parents[int(stat.parent.name)] = int(fields[1])
+    found, grown = {pid}, True
+    while grown:
+        more = {child for child, parent in parents.items() if parent in found} - found
+        found |= more
+        grown = bool(more)
+    return sorted(found - {pid})
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition, timeout: float = 60, started: Started | None = None):
+    """Poll `condition` until it is true, and return its value; fail with the log after `timeout`."""
+    end = time.monotonic() + timeout
+    while not (value := condition()):
+        if time.monotonic() > end or (started and started.process.poll() is not None):
+            if value := condition():
+                break
+            log = started.output() if started else ""
+            raise AssertionError(f"waited {timeout} s in vain; the log:\n{log}")
+        time.sleep(0.005)
+    return value
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("epoch*.pt"))
+
+
+def newest(folder: Path) -> dict:
+    return torch.load(checkpoints(folder)[-1], weights_only=True)
+
+
+def checksum(folder: Path) -> str:
+    """SHA-256 of model, optimizer and the losses in the newest checkpoint of `folder`."""
+    state = newest(folder)
+    digest = hashlib.sha256()
+
+    def add(item: object) -> None:
+        if isinstance(item, dict):
+            for key, value in item.items():
+                add(key), add(value)
+        elif isinstance(item, list | tuple):
+            for value in item:
+                add(value)
+        elif isinstance(item, torch.Tensor):
+            digest.update(item.contiguous().numpy().tobytes())
+        else:
+            digest.update(repr(item).encode())
+
+    add([state["model"], state["optimizer"]])
+    keys = "epoch", "step", "train_loss", "test_loss", "correct", "total"
+    add([[record[key] for key in keys] for record in state["progress"]["history"]])
+    return digest.hexdigest()
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start commands in tmp_path; whatever is left of them at the end is killed."""
+    started = []
+
+    def start_one(cmd: list[str], cwd: Path = tmp_path, **env: str) -> Started:
+        started.append(Started(cmd, cwd, **env))
+        return started[-1]
+
+    yield start_one
+    for one in started:
+        for pid in [*descendants(one.process.pid), one.process.pid]:
+            if alive(pid):
+                os.kill(pid, 9)
+        one.process.wait()

@@ -1,0 +1,447 @@
+"""Train a small CNN on MNIST with DistributedDataParallel; rerun the command to resume.
+
+torchrun --nproc_per_node=2 train_ddp.py --epochs 3 --batch_size 64
+python train_ddp.py --world_size 2
+"""
+
+import signal
+
+if __name__ in (
+    "__main__",
+    "__mp_main__",
+):  # as a script, or as a worker that it spawned
+    # Until training starts, Ctrl-C ends the process at once: Python's own handler would print
+    # a traceback for each rank, from the middle of some import.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import argparse
+import io
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import utils
+from data import Dataset, Digits, batches, load_mnist
+from model import create_model
+from utils import StopRequest, UserError, say
+
+BASE_LR, BASE_BATCH = (
+    0.01,
+    128,
+)  # the peak learning rate, and the global batch it is for
+WARM_UP = 0.2  # the part of training in which the learning rate rises
+LABEL_SMOOTHING = 0.1
+
+
+@dataclass
+class Progress:
+    """How far training has come."""
+
+    epoch: int = 0  # finished epochs
+    images: int = (
+        0  # taken from the current epoch by all ranks: holds for any world size
+    )
+    step: int = 0  # optimizer steps since the start
+    loss_sum: float = 0.0  # over the images of the current epoch
+    seconds: float = 0.0  # spent training in the current epoch
+    history: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # a record of each epoch
+
+
+@dataclass
+class Run:
+    """What one rank works with."""
+
+    args: argparse.Namespace
+    settings: dict[str, Any]  # what a checkpoint must agree with, or tell the change of
+    data: Dataset  # on the device
+    model: DistributedDataParallel
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        """Exit with code 2 and one line; under torchrun, from rank 0 alone."""
+        line = f"error: {message} (--help lists the flags)\n"
+        self.exit(2, line if os.environ.get("RANK", "0") == "0" else None)
+
+
+def positive(kind: type) -> Callable[[str], float]:
+    """Make an argparse type of the finite numbers above 0 of a kind."""
+
+    def parse(text: str) -> float:
+        if not 0 < (number := kind(text)) < math.inf:
+            raise ValueError
+        return number
+
+    parse.__name__ = f"positive {kind.__name__}"  # for argparse's message
+    return parse
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the flags; wrong ones end the program here, before a worker or file is touched."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    add, count = parser.add_argument, {"type": positive(int), "metavar": "N"}
+    add("--epochs", **count, default=3, help="passes over the data (3)")
+    add("--batch_size", **count, default=64, help="images per process and step (64)")
+    add("--world_size", **count, help="processes to spawn (one per GPU, or 1)")
+    rule = f"{BASE_LR} * sqrt(batch_size * world_size / {BASE_BATCH})"
+    add("--lr", type=positive(float), help=f"peak learning rate ({rule})")
+    add("--seed", type=int, default=0, help="of weights, order and shifts (0)")
+    add(
+        "--data_dir", type=Path, default="data", help="where MNIST is, or goes (./data)"
+    )
+    add("--checkpoint_dir", type=Path, default="checkpoints", help="(./checkpoints)")
+    add("--save_every", **count, help="save every N steps too (only after epochs)")
+    add("--keep", **count, default=3, help="newest checkpoints to keep (3)")
+    args = parser.parse_args()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    local = args.world_size = args.world_size or max(1, gpus)
+    if utils.under_torchrun():
+        started, local = (
+            int(os.environ["WORLD_SIZE"]),
+            int(os.environ["LOCAL_WORLD_SIZE"]),
+        )
+        if args.world_size != started and "--world_size" in " ".join(sys.argv):
+            parser.error(f"--world_size is {args.world_size}, torchrun's is {started}")
+        args.world_size = started
+    if gpus and local > gpus:
+        cure = f"start at most {gpus}, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+        parser.error(f"{local} processes on this machine, but {gpus} GPUs: {cure}")
+    args.lr = args.lr or BASE_LR * math.sqrt(
+        args.batch_size * args.world_size / BASE_BATCH
+    )
+    return args
+
+
+def work(
+    rank: int, args: Any, store_path: str | None, launcher_pid: int | None
+) -> None:
+    """Train as one rank and exit; rank 0 says what went wrong."""
+    if store_path:  # started without torchrun: set what it would have set
+        size = str(args.world_size)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        os.environ |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    store = dist.FileStore(store_path, args.world_size) if store_path else None
+    try:
+        with utils.process_group(store) as device:
+            code = train(args, device, launcher_pid)
+        sys.exit(code)
+    except UserError as error:
+        message = str(error)
+    except RuntimeError as error:
+        # When a rank dies, the others fail in a collective. Their tracebacks would bury the
+        # first cause, which the dead rank itself, torchrun or utils.launch tells.
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        message = f"lost another rank ({utils.first_line(error)}); rerun to resume"
+    if rank == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+def train(
+    args: argparse.Namespace, device: torch.device, launcher_pid: int | None
+) -> int:
+    """Do the whole job as one rank: set up, resume, train, evaluate, save.
+
+    Returns the exit code; raises UserError, on all ranks or on rank 0 alone.
+    """
+    rank, first_here = dist.get_rank(), os.environ["LOCAL_RANK"] == "0"
+    setup = dist.new_group(backend="gloo", timeout=utils.SETUP_TIMEOUT)
+    with utils.shared_fate(setup):
+        if rank == 0:
+            lock = utils.lock_folder(args.checkpoint_dir)  # noqa: F841 (held, not read)
+        # One rank per machine downloads; the others wait at the end of this block.
+        data = load_mnist(args.data_dir, may_download=True) if first_here else None
+    with utils.shared_fate(setup):
+        data = data or load_mnist(args.data_dir)
+        found = utils.newest_checkpoint(args.checkpoint_dir) if first_here else None
+    for other, name in enumerate(utils.gather(data.name, setup)):
+        if name != data.name:
+            raise UserError(f"rank {other} has {name}, but rank {rank} has {data.name}")
+    run = create_run(args, data, device)
+    path = resume(run, found, setup)
+    say(
+        f"processes  {args.world_size} on {device.type} over {dist.get_backend()}, "
+        f"{torch.get_num_threads()} CPU threads each\n"
+        f"data       {data.name}\n"
+        f"model      {sum(p.numel() for p in run.model.parameters()):,} parameters\n"
+        f"batch      {args.world_size} x {args.batch_size} images, peak lr {args.lr:.3g}\n"
+        f"start      {path or f'from scratch, no checkpoint in {args.checkpoint_dir}'}"
+    )
+    if run.progress.epoch >= args.epochs:
+        say("training is complete already")
+    stop = StopRequest(launcher_pid)
+    while run.progress.epoch < args.epochs:
+        if not train_epoch(run, stop):
+            return 128 + (stop.signum or signal.SIGTERM)
+        path = finish_epoch(run)
+    if rank == 0:
+        picture = args.checkpoint_dir / "mistakes.png"
+        utils.write_atomically(picture, draw_mistakes(run.model.module, run.data.test))
+        last = run.progress.history[-1]
+        say(
+            f"result     {last['test_accuracy']:.2%} of the test set correct "
+            f"({last['correct']}/{last['total']}) after {last['epoch']} epochs of {data.name}\n"
+            f"weights    {path}\n"
+            f"mistakes   {picture}\n"
+            f"train on   the same command with --epochs {last['epoch'] + 3}"
+        )
+    return 0
+
+
+def create_run(args: argparse.Namespace, data: Dataset, device: torch.device) -> Run:
+    """Build model and optimizer, equal on all ranks, and put the data on the device."""
+    names = "seed", "epochs", "batch_size", "world_size", "lr"
+    settings = {"data": data.name} | {name: getattr(args, name) for name in names}
+    train, test = (Digits(d.images.to(device), d.labels.to(device)) for d in data[1:])
+    model = create_model(args.seed).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.95), fused=True)
+    ddp = DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,  # gradients live in the buffer that is sent: no copy
+    )
+    # DDP re-orders its gradient buckets after the first backward. With three ranks or more,
+    # the order of summation changes too: unless it is over with now, the first step after a
+    # resume rounds differently from that step of a run that was never interrupted.
+    ddp(test.images[:1]).sum().backward()
+    optimizer.zero_grad()
+    return Run(
+        args, settings, Dataset(data.name, train, test), ddp, optimizer, Progress()
+    )
+
+
+def resume(
+    run: Run, found: tuple[str, bytes] | None, group: dist.ProcessGroup
+) -> str | None:
+    """Load the newest checkpoint that any rank has found; return its path, or None.
+
+    Raises UserError on all ranks if it comes from another kind of training.
+    """
+    # Not simply rank 0's: when machines join or leave, rank 0 may move to an empty disk.
+    names = utils.gather(Path(found[0]).name if found else "", group)
+    box = [found]
+    dist.broadcast_object_list(box, src=names.index(max(names)), group=group)
+    if not box[0]:
+        return None
+    path, content = box[0]
+    state = utils.decode_checkpoint(content)
+    for name, ours in run.settings.items():
+        if (theirs := state["settings"][name]) == ours:
+            continue
+        if name in ("data", "seed"):
+            cure = f"choose another --checkpoint_dir, or the {name} of before"
+            raise UserError(f"{path} has {name} {theirs}, this run has {ours}: {cure}")
+        say(f"changed    {name} from {theirs} to {ours}")
+    try:
+        run.model.module.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise UserError(f"{path} is of another model: {' '.join(str(error).split())}")
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.progress = Progress(**state["progress"])
+    return path
+
+
+def train_epoch(run: Run, stop: StopRequest) -> bool:
+    """Train from where `run.progress` stands to the end of its epoch.
+
+    Returns False on all ranks if one was asked to stop, and a checkpoint is written. Raises
+    UserError on all ranks if the loss is not finite.
+    """
+    args, progress, total = run.args, run.progress, len(run.data.train.labels)
+    started = time.perf_counter() - progress.seconds
+    interval = 0.2 if sys.stdout.isatty() else 10.0
+    next_line = time.perf_counter() + interval
+    for images, labels, count in batches(
+        run.data.train, args.batch_size, args.seed, progress.epoch, progress.images
+    ):
+        seen = progress.epoch * total + progress.images + count / 2
+        set_learning_rate(run.optimizer, args.lr, seen / (args.epochs * total))
+        loss_sum, stop_votes = train_step(run, images, labels, count, stop.pending())
+        progress.images += count
+        progress.step += 1
+        progress.loss_sum += loss_sum
+        now = time.perf_counter()
+        progress.seconds = now - started
+        if now > next_line:
+            next_line = now + interval
+            rate = progress.images / progress.seconds
+            left = ((args.epochs - progress.epoch) * total - progress.images) / rate
+            text = f"epoch {progress.epoch + 1}/{args.epochs}  step {progress.step}  "
+            text += (
+                f"image {progress.images:,}/{total:,}  loss {loss_sum / count:.4f}  "
+            )
+            say(f"{text}{rate:,.0f} images/s  {left:.0f} s left", passing=True)
+        if stop_votes or (args.save_every and progress.step % args.save_every == 0):
+            path = save(run)
+        if stop_votes:
+            say(f"stopped; {path} has all progress: rerun the same command to go on")
+            return False
+    return True
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, peak: float, part: float
+) -> None:
+    """Set the rate for when `part` (0..1) of training is done: a linear rise, then a fall to 0.
+
+    As a function of the images seen, it leaves no scheduler to restore; with --epochs raised,
+    training goes on as a run of that many epochs would from there.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = peak * min(part / WARM_UP, (1 - part) / (1 - WARM_UP))
+
+
+def train_step(
+    run: Run, images: torch.Tensor, labels: torch.Tensor, count: int, stop: bool
+) -> tuple[float, int]:
+    """Take an optimizer step on the mean gradient over the `count` images of all ranks.
+
+    Returns their summed loss and how many ranks want to stop, both equal on all ranks.
+    """
+    logits = run.model(images)
+    loss = F.cross_entropy(
+        logits, labels, reduction="sum", label_smoothing=LABEL_SMOOTHING
+    )
+    # All ranks must stop at one step, or those that go on wait for ever. The vote travels
+    # with the loss while backward computes, so it takes no time of its own.
+    status = torch.stack([loss.detach(), loss.new_tensor(float(stop))])
+    arrival = dist.all_reduce(status, async_op=True)
+    # DDP averages over ranks; so scaled, that is the mean over images, in a short batch too.
+    (loss * dist.get_world_size() / count).backward()
+    arrival.wait()
+    loss_sum, stop_votes = status.tolist()
+    if not math.isfinite(loss_sum):
+        step = run.progress.step + 1
+        raise UserError(
+            f"the loss is {loss_sum} in step {step}: rerun with a lower --lr"
+        )
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return loss_sum, int(stop_votes)
+
+
+def finish_epoch(run: Run) -> Path:
+    """Evaluate, record the epoch and save; return the path of the checkpoint."""
+    old = run.progress
+    test_loss, correct, total = evaluate(run.model.module, run.data.test)
+    record = run.settings | {
+        "epoch": old.epoch + 1,
+        "step": old.step,
+        "train_loss": old.loss_sum / old.images,
+        "test_loss": test_loss,
+        "test_accuracy": correct / total,
+        "correct": correct,
+        "total": total,
+        "images_per_second": old.images / old.seconds,
+        "seconds": old.seconds,
+    }
+    history = [*old.history, record]
+    run.progress = Progress(epoch=old.epoch + 1, step=old.step, history=history)
+    path = save(run)
+    say(
+        f"epoch {old.epoch + 1}/{run.args.epochs}  train loss {record['train_loss']:.4f}  "
+        f"test loss {test_loss:.4f}  accuracy {correct / total:.2%} ({correct}/{total})  "
+        f"{record['images_per_second']:,.0f} images/s  {old.seconds:.1f} s  {path}"
+    )
+    return path
+
+
+@torch.inference_mode()
+def evaluate(model: torch.nn.Module, digits: Digits) -> tuple[float, int, int]:
+    """Return mean cross-entropy, correct answers and images, summed over all ranks' shares.
+
+    Each image counts once. DistributedSampler would pad the shares to equal lengths with
+    duplicates, and the accuracy would depend on the world size.
+    """
+    mine = slice(dist.get_rank(), None, dist.get_world_size())
+    sums = torch.zeros(3, dtype=torch.float64, device=digits.labels.device)
+    for images, labels in zip(
+        digits.images[mine].split(1000), digits.labels[mine].split(1000)
+    ):
+        logits = model(images)
+        sums[0] += F.cross_entropy(logits, labels, reduction="sum")
+        sums[1] += (logits.argmax(1) == labels).sum()
+        sums[2] += len(labels)
+    dist.all_reduce(sums)
+    loss_sum, correct, total = sums.tolist()
+    return loss_sum / total, int(correct), int(total)
+
+
+def save(run: Run) -> Path:
+    """Write a checkpoint and metrics.jsonl from rank 0; return the path of the checkpoint.
+
+    Raises UserError on rank 0 if that fails, or the weights are not finite.
+    """
+    progress, folder = run.progress, run.args.checkpoint_dir
+    path = folder / f"epoch{progress.epoch:05d}-image{progress.images:09d}.pt"
+    if dist.get_rank() != 0:
+        return path
+    # Of the module: DDP's own state dict has "module." before each name, and would load into
+    # nothing but another DDP model.
+    weights = run.model.module.state_dict()
+    state = {"model": weights, "optimizer": run.optimizer.state_dict()}
+    state |= {"progress": asdict(progress), "settings": run.settings}
+    state |= {"torch": str(torch.__version__)}
+    # All of the history, anew each time: appended lines would be doubled by a resume.
+    metrics = "".join(json.dumps(record) + "\n" for record in progress.history)
+    try:
+        if not all(weight.isfinite().all() for weight in weights.values()):
+            raise ValueError("the weights are not finite, lower --lr")
+        utils.save_checkpoint(path, state, run.args.keep)
+        utils.write_atomically(folder / "metrics.jsonl", metrics.encode())
+    except (OSError, ValueError) as error:
+        good = [p for p in utils.checkpoint_paths(folder) if p.name < path.name] or [
+            "none"
+        ]
+        raise UserError(
+            f"cannot save {path}: {error}; last good checkpoint: {good[-1]}"
+        )
+    return path
+
+
+@torch.inference_mode()
+def draw_mistakes(model: torch.nn.Module, digits: Digits) -> bytes:
+    """Return a PNG of the digits that the model gets wrong, labelled "true > predicted"."""
+    from PIL import Image, ImageDraw, ImageFont  # comes with torchvision
+
+    predicted = torch.cat(
+        [model(images).argmax(1) for images in digits.images.split(1000)]
+    )
+    wrong = (predicted != digits.labels).nonzero().flatten().tolist()
+    columns, width, height = 12, 80, 104  # pixels of the field for one digit
+    sheet = Image.new("L", (columns * width, (len(wrong) // columns + 1) * height), 255)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=20)
+    for n, i in enumerate(wrong):
+        x, y = n % columns * width, n // columns * height
+        digit = Image.frombytes(
+            "L", (28, 28), bytes(digits.images[i].flatten().tolist())
+        )
+        sheet.paste(digit.resize((width - 4, width - 4)), (x + 2, y + 2))
+        text = f"{digits.labels[i]} > {predicted[i]}"
+        draw.text((x + width / 2, y + 90), text, 0, font, anchor="mm")
+    sheet.save(png := io.BytesIO(), "PNG")
+    return png.getvalue()
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    if utils.under_torchrun():
+        work(int(os.environ["RANK"]), args, None, os.getppid())
+    utils.launch(work, args, args.world_size)
