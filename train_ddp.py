@@ -21,7 +21,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,11 +35,9 @@ from data import Dataset, Digits, batches, load_mnist
 from model import create_model
 from utils import StopRequest, UserError, say
 
-BASE_LR, BASE_BATCH = (
-    0.01,
-    128,
-)  # the peak learning rate, and the global batch it is for
-WARM_UP = 0.2  # the part of training in which the learning rate rises
+BASE_LR = 0.01  # the peak learning rate for a global batch of BASE_BATCH images
+BASE_BATCH = 128
+WARM_UP = 0.2  # the part of training in which the rate rises; then it falls to 0
 LABEL_SMOOTHING = 0.1
 
 
@@ -49,15 +46,11 @@ class Progress:
     """How far training has come."""
 
     epoch: int = 0  # finished epochs
-    images: int = (
-        0  # taken from the current epoch by all ranks: holds for any world size
-    )
+    images: int = 0  # of the current epoch, over all ranks: good for any world size
     step: int = 0  # optimizer steps since the start
     loss_sum: float = 0.0  # over the images of the current epoch
     seconds: float = 0.0  # spent training in the current epoch
-    history: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # a record of each epoch
+    history: list[dict[str, Any]] = field(default_factory=list)  # a record an epoch
 
 
 @dataclass
@@ -79,58 +72,43 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, line if os.environ.get("RANK", "0") == "0" else None)
 
 
-def positive(kind: type) -> Callable[[str], float]:
-    """Make an argparse type of the finite numbers above 0 of a kind."""
-
-    def parse(text: str) -> float:
-        if not 0 < (number := kind(text)) < math.inf:
-            raise ValueError
-        return number
-
-    parse.__name__ = f"positive {kind.__name__}"  # for argparse's message
-    return parse
-
-
 def parse_args() -> argparse.Namespace:
     """Read the flags; wrong ones end the program here, before a worker or file is touched."""
     style = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=style, allow_abbrev=False)
-    add, count = parser.add_argument, {"type": positive(int), "metavar": "N"}
-    add("--epochs", **count, default=3, help="passes over the data (3)")
-    add("--batch_size", **count, default=64, help="images per process and step (64)")
-    add("--world_size", **count, help="processes to spawn (one per GPU, or 1)")
+    add = parser.add_argument
+    add("--epochs", type=int, default=3, help="passes over the data (3)")
+    add("--batch_size", type=int, default=64, help="images per process and step (64)")
+    add("--world_size", type=int, help="processes to spawn (one per GPU, or 1)")
     rule = f"{BASE_LR} * sqrt(batch_size * world_size / {BASE_BATCH})"
-    add("--lr", type=positive(float), help=f"peak learning rate ({rule})")
+    add("--lr", type=float, help=f"peak learning rate ({rule})")
     add("--seed", type=int, default=0, help="of weights, order and shifts (0)")
-    add(
-        "--data_dir", type=Path, default="data", help="where MNIST is, or goes (./data)"
-    )
+    add("--data_dir", type=Path, default="data", help="where MNIST is kept (./data)")
     add("--checkpoint_dir", type=Path, default="checkpoints", help="(./checkpoints)")
-    add("--save_every", **count, help="save every N steps too (only after epochs)")
-    add("--keep", **count, default=3, help="newest checkpoints to keep (3)")
+    add("--save_every", type=int, help="save every N steps too (only after epochs)")
+    add("--keep", type=int, default=3, help="newest checkpoints to keep (3)")
     args = parser.parse_args()
+    for name in "epochs", "batch_size", "world_size", "lr", "save_every", "keep":
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"--{name} must be a positive number, not {value}")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    local = args.world_size = args.world_size or max(1, gpus)
+    wish = args.world_size
+    local = args.world_size = wish or max(1, gpus)
     if utils.under_torchrun():
-        started, local = (
-            int(os.environ["WORLD_SIZE"]),
-            int(os.environ["LOCAL_WORLD_SIZE"]),
-        )
-        if args.world_size != started and "--world_size" in " ".join(sys.argv):
-            parser.error(f"--world_size is {args.world_size}, torchrun's is {started}")
-        args.world_size = started
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        args.world_size = int(os.environ["WORLD_SIZE"])
+        if wish not in (None, args.world_size):
+            parser.error(f"--world_size {wish}, but torchrun runs {args.world_size}")
     if gpus and local > gpus:
         cure = f"start at most {gpus}, or set CUDA_VISIBLE_DEVICES= to use the CPU"
         parser.error(f"{local} processes on this machine, but {gpus} GPUs: {cure}")
-    args.lr = args.lr or BASE_LR * math.sqrt(
-        args.batch_size * args.world_size / BASE_BATCH
-    )
+    global_batch = args.batch_size * args.world_size
+    args.lr = args.lr or BASE_LR * math.sqrt(global_batch / BASE_BATCH)
     return args
 
 
-def work(
-    rank: int, args: Any, store_path: str | None, launcher_pid: int | None
-) -> None:
+def work(rank: int, args: Any, store_path: str | None, launcher: int | None) -> None:
     """Train as one rank and exit; rank 0 says what went wrong."""
     if store_path:  # started without torchrun: set what it would have set
         size = str(args.world_size)
@@ -139,9 +117,9 @@ def work(
     store = dist.FileStore(store_path, args.world_size) if store_path else None
     try:
         with utils.process_group(store) as device:
-            code = train(args, device, launcher_pid)
+            code = train(args, device, launcher)
         sys.exit(code)
-    except UserError as error:
+    except (UserError, OSError) as error:
         message = str(error)
     except RuntimeError as error:
         # When a rank dies, the others fail in a collective. Their tracebacks would bury the
@@ -154,9 +132,7 @@ def work(
     sys.exit(1)
 
 
-def train(
-    args: argparse.Namespace, device: torch.device, launcher_pid: int | None
-) -> int:
+def train(args: argparse.Namespace, device: torch.device, launcher: int | None) -> int:
     """Do the whole job as one rank: set up, resume, train, evaluate, save.
 
     Returns the exit code; raises UserError, on all ranks or on rank 0 alone.
@@ -186,7 +162,7 @@ def train(
     )
     if run.progress.epoch >= args.epochs:
         say("training is complete already")
-    stop = StopRequest(launcher_pid)
+    stop = StopRequest(launcher)
     while run.progress.epoch < args.epochs:
         if not train_epoch(run, stop):
             return 128 + (stop.signum or signal.SIGTERM)
@@ -196,8 +172,8 @@ def train(
         utils.write_atomically(picture, draw_mistakes(run.model.module, run.data.test))
         last = run.progress.history[-1]
         say(
-            f"result     {last['test_accuracy']:.2%} of the test set correct "
-            f"({last['correct']}/{last['total']}) after {last['epoch']} epochs of {data.name}\n"
+            f"result     {last['test_accuracy']:.2%} of {last['total']:,} test images "
+            f"correct after {last['epoch']} epochs on {data.name}\n"
             f"weights    {path}\n"
             f"mistakes   {picture}\n"
             f"train on   the same command with --epochs {last['epoch'] + 3}"
@@ -222,14 +198,11 @@ def create_run(args: argparse.Namespace, data: Dataset, device: torch.device) ->
     # resume rounds differently from that step of a run that was never interrupted.
     ddp(test.images[:1]).sum().backward()
     optimizer.zero_grad()
-    return Run(
-        args, settings, Dataset(data.name, train, test), ddp, optimizer, Progress()
-    )
+    data = Dataset(data.name, train, test)
+    return Run(args, settings, data, ddp, optimizer, Progress())
 
 
-def resume(
-    run: Run, found: tuple[str, bytes] | None, group: dist.ProcessGroup
-) -> str | None:
+def resume(run: Run, found: tuple[str, bytes] | None, group: Any) -> str | None:
     """Load the newest checkpoint that any rank has found; return its path, or None.
 
     Raises UserError on all ranks if it comes from another kind of training.
@@ -249,6 +222,11 @@ def resume(
             cure = f"choose another --checkpoint_dir, or the {name} of before"
             raise UserError(f"{path} has {name} {theirs}, this run has {ours}: {cure}")
         say(f"changed    {name} from {theirs} to {ours}")
+    before, now = (
+        s["batch_size"] * s["world_size"] for s in (state["settings"], run.settings)
+    )
+    if before != now:
+        say(f"changed    the global batch from {before} to {now} images")
     try:
         run.model.module.load_state_dict(state["model"])
     except RuntimeError as error:
@@ -272,7 +250,11 @@ def train_epoch(run: Run, stop: StopRequest) -> bool:
         run.data.train, args.batch_size, args.seed, progress.epoch, progress.images
     ):
         seen = progress.epoch * total + progress.images + count / 2
-        set_learning_rate(run.optimizer, args.lr, seen / (args.epochs * total))
+        # A function of the images seen leaves no scheduler to restore; with --epochs raised,
+        # training goes on as a run of that length would from here.
+        part = seen / (args.epochs * total)
+        for group in run.optimizer.param_groups:
+            group["lr"] = args.lr * min(part / WARM_UP, (1 - part) / (1 - WARM_UP))
         loss_sum, stop_votes = train_step(run, images, labels, count, stop.pending())
         progress.images += count
         progress.step += 1
@@ -283,29 +265,18 @@ def train_epoch(run: Run, stop: StopRequest) -> bool:
             next_line = now + interval
             rate = progress.images / progress.seconds
             left = ((args.epochs - progress.epoch) * total - progress.images) / rate
-            text = f"epoch {progress.epoch + 1}/{args.epochs}  step {progress.step}  "
-            text += (
-                f"image {progress.images:,}/{total:,}  loss {loss_sum / count:.4f}  "
+            say(
+                f"epoch {progress.epoch + 1}/{args.epochs}  step {progress.step}  "
+                f"{progress.images:,}/{total:,} images  loss {loss_sum / count:.4f}  "
+                f"{rate:,.0f} images/s  {left:.0f} s left",
+                passing=True,
             )
-            say(f"{text}{rate:,.0f} images/s  {left:.0f} s left", passing=True)
         if stop_votes or (args.save_every and progress.step % args.save_every == 0):
             path = save(run)
         if stop_votes:
             say(f"stopped; {path} has all progress: rerun the same command to go on")
             return False
     return True
-
-
-def set_learning_rate(
-    optimizer: torch.optim.Optimizer, peak: float, part: float
-) -> None:
-    """Set the rate for when `part` (0..1) of training is done: a linear rise, then a fall to 0.
-
-    As a function of the images seen, it leaves no scheduler to restore; with --epochs raised,
-    training goes on as a run of that many epochs would from there.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = peak * min(part / WARM_UP, (1 - part) / (1 - WARM_UP))
 
 
 def train_step(

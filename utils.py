@@ -55,7 +55,7 @@ def under_torchrun() -> bool:
 
 
 def launch(worker: Callable[..., None], args: Any, world_size: int) -> None:
-    """Run worker(rank, args, store_path, launcher_pid) in `world_size` processes, and exit.
+    """Run worker(rank, args, store_path, launcher) in `world_size` processes, and exit.
 
     They meet over a file in a private folder: no port for a second run to collide with, and
     nothing for another machine to reach. The exit code is that of the first one to fail.
@@ -164,8 +164,8 @@ def shared_fate(group: dist.ProcessGroup) -> Iterator[None]:
 class StopRequest:
     """Notes SIGINT, SIGTERM and the death of the launcher, for the ranks to agree on."""
 
-    def __init__(self, launcher_pid: int | None) -> None:
-        self.launcher_pid, self.signum, self.since = launcher_pid, 0, 0.0
+    def __init__(self, launcher: int | None) -> None:
+        self.launcher, self.signum, self.since = launcher, 0, 0.0
         signal.signal(signal.SIGINT, self._note)
         signal.signal(signal.SIGTERM, self._note)
 
@@ -177,7 +177,7 @@ class StopRequest:
 
     def pending(self) -> bool:
         # torchrun gives its workers sessions of their own: they would train on as orphans.
-        return bool(self.signum) or self.launcher_pid not in (None, os.getppid())
+        return bool(self.signum) or self.launcher not in (None, os.getppid())
 
 
 def lock_folder(folder: Path) -> IO[str]:
@@ -239,7 +239,10 @@ def decode_checkpoint(content: bytes) -> dict[str, Any]:
         if damaged := archive.testzip():
             raise ValueError(f"wrong checksum of {damaged}")
     # weights_only: a full pickle may run any code while it is loaded.
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    if not {"model", "optimizer", "progress", "settings"} <= set(state):
+        raise ValueError("it was not written by this program")
+    return state
 
 
 def newest_checkpoint(folder: Path) -> tuple[str, bytes] | None:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def run(cmd: list[str], cwd: Path, timeout: float = 120, **env: str):
         timeout=timeout,
         capture_output=True,
         text=True,
+        check=False,
     )
 
 
@@ -154,3 +156,32 @@ def start(tmp_path):
             if alive(pid):
                 os.kill(pid, 9)
         one.process.wait()
+
+
+# Forked from a process that has imported torch already, ranks start in no time.
+torch.multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["torch.distributed", "torch.nn.parallel"]
+)
+
+
+def in_ranks(world_size: int, function, *args) -> list:
+    """Call function(*args) in each rank of a gloo group; return the results by rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.start_processes(
+            _rank,
+            (world_size, folder, function, args),
+            world_size,
+            start_method="forkserver",
+        )
+        files = [Path(folder, f"result{rank}") for rank in range(world_size)]
+        return [torch.load(file, weights_only=False) for file in files]
+
+
+def _rank(rank: int, world_size: int, folder: str, function, args: tuple) -> None:
+    import utils
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    store = torch.distributed.FileStore(f"{folder}/store", world_size)
+    with utils.process_group(store):
+        torch.save(function(*args), f"{folder}/result{rank}")

@@ -1,0 +1,267 @@
+"""Measure the trainer against the limit of the machine and against the usual ways.
+
+    python tests/benchmark.py --data_dir FOLDER_WITH_FULL_MNIST [--rounds 3]
+
+Every figure is taken once in each round, in turn, so that a slow minute of the machine hits
+all of them alike. Printed are the median and the range over the rounds, and ratios that are
+formed within each round. Needs about two minutes a round on two cores.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SCRIPT = str(ROOT / "train_ddp.py")
+BATCH = 64
+
+
+def child(arm: str, data_dir: Path, **env: str) -> subprocess.Popen:
+    """Start one arm of the benchmark; it prints "ready", waits for a line, works."""
+    return subprocess.Popen(
+        [sys.executable, __file__, "--data_dir", str(data_dir), "--arm", arm],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | env,
+    )
+
+
+def finish(children: list[subprocess.Popen]) -> list[dict]:
+    """Let the children go at the same moment, and read what each has measured."""
+    for one in children:
+        if one.stdout.readline().strip() != "ready":
+            raise RuntimeError("a benchmark process failed")
+    for one in children:
+        one.stdin.write("go\n")
+        one.stdin.flush()
+    return [json.loads(one.communicate()[0].splitlines()[-1]) for one in children]
+
+
+def bare(data_dir: Path, seconds: float = 6.0) -> dict:
+    """Repeat forward, backward and optimizer step on one resident batch, nothing else."""
+    import torch.nn.functional as F
+
+    from data import load_mnist
+    from model import create_model
+    from train_ddp import LABEL_SMOOTHING, create_optimizer
+
+    train = load_mnist(data_dir).train
+    images, labels = train.images[:BATCH].clone(), train.labels[:BATCH].clone()
+    model = create_model(0)
+    optimizer = create_optimizer(model)
+
+    def step() -> None:
+        loss = F.cross_entropy(
+            model(images), labels, label_smoothing=LABEL_SMOOTHING, reduction="sum"
+        )
+        (loss / BATCH).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(20):
+        step()
+    wait_for_go()
+    start, steps = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        step()
+        steps += 1
+    return {"images_per_second": BATCH * steps / (time.perf_counter() - start)}
+
+
+def usual(data_dir: Path, steps: int = 150) -> dict:
+    """Train our model the common way: a transform per image in two DataLoader workers."""
+    import torch
+    import torch.nn.functional as F
+    from torch.utils.data import DataLoader
+    from torchvision import datasets, transforms
+
+    from model import create_model
+    from train_ddp import LABEL_SMOOTHING, create_optimizer
+
+    augment = transforms.Compose(
+        [transforms.RandomCrop(28, padding=2), transforms.PILToTensor()]
+    )
+    loader = DataLoader(
+        datasets.MNIST(data_dir, transform=augment),
+        batch_size=2 * BATCH,
+        shuffle=True,
+        num_workers=2,
+        drop_last=True,
+    )
+    torch.set_num_threads(2)
+    model = create_model(0)
+    optimizer = create_optimizer(model)
+    wait_for_go()
+    done, start = -10, 0.0
+    for images, labels in loader:
+        if done == 0:
+            start = time.perf_counter()
+        loss = F.cross_entropy(
+            model(images.squeeze(1)), labels, label_smoothing=LABEL_SMOOTHING
+        )
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        done += 1
+        if done == steps:
+            break
+    return {"images_per_second": 2 * BATCH * steps / (time.perf_counter() - start)}
+
+
+def fast(data_dir: Path) -> dict:
+    """One epoch of the recipe of github.com/tuomaso/train_mnist_fast, its last notebook.
+
+    Conv 5x5 of 24 and conv 3x3 of 32 channels, each with a max-pool and ReLU, linear layers
+    of 256 and 10; Adam with betas (0.7, 0.9), one-cycle to 0.01, batches of 256, in order.
+    """
+    import torch
+    from torch import nn
+
+    from data import load_mnist
+
+    torch.set_num_threads(2)
+    data = load_mnist(data_dir)
+    (images, test_images), (labels, test_labels) = (
+        [(d.images.unsqueeze(1).float() / 255 - 0.1307) / 0.3081 for d in data[1:]],
+        [d.labels for d in data[1:]],
+    )
+    layers = [nn.Conv2d(1, 24, 5), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(24, 32, 3)]
+    layers += [nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(800, 256)]
+    model = nn.Sequential(*layers, nn.ReLU(), nn.Linear(256, 10))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, betas=(0.7, 0.9))
+    steps = -(-len(labels) // 256)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.01, total_steps=steps, cycle_momentum=False
+    )
+    wait_for_go()
+    start = time.perf_counter()
+    for x, y in zip(images.split(256), labels.split(256)):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        schedule.step()
+    seconds = time.perf_counter() - start
+    with torch.no_grad():
+        correct = (model(test_images).argmax(1) == test_labels).float().mean()
+    return {"seconds": seconds, "accuracy": float(correct)}
+
+
+def wait_for_go() -> None:
+    print("ready", flush=True)
+    sys.stdin.readline()
+
+
+def trainer(data_dir: Path, world_size: int, seed: int) -> dict:
+    """Run the program itself for one epoch; then run it again, with nothing left to do."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"--epochs 1 --world_size {world_size} --seed {seed} --checkpoint_dir"
+        command = [sys.executable, SCRIPT, *flags.split(), folder]
+        command += ["--data_dir", str(data_dir)]
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:  # "start" is printed when the first step begins
+            if line.startswith("start "):
+                startup = time.perf_counter() - start
+        # The largest process: ru_maxrss is in KiB on Linux.
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise RuntimeError("the trainer failed")
+        start = time.perf_counter()
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+        rerun = time.perf_counter() - start
+        record = json.loads((Path(folder) / "metrics.jsonl").read_text())
+    return record | {"startup": startup, "rerun": rerun, "mb": usage.ru_maxrss / 1024}
+
+
+def imports(code: str) -> float:
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True)
+    return time.perf_counter() - start
+
+
+def one_round(data_dir: Path, seed: int) -> dict[str, float]:
+    one, two = trainer(data_dir, 1, seed), trainer(data_dir, 2, seed)
+    alone = finish([child("bare", data_dir, OMP_NUM_THREADS="2")])[0]
+    pair = finish([child("bare", data_dir, OMP_NUM_THREADS="1") for _ in range(2)])
+    common = finish([child("usual", data_dir)])[0]
+    record = finish([child("fast", data_dir)])[0]
+    torch_import = imports("import torch")
+    dynamo_import = imports("import torch, torch._dynamo")
+    limit = sum(process["images_per_second"] for process in pair)
+    return {
+        "1 process: trainer, images/s": one["images_per_second"],
+        "1 process: bare steps, images/s": alone["images_per_second"],
+        "1 process: trainer / bare steps": one["images_per_second"]
+        / alone["images_per_second"],
+        "2 ranks: trainer, images/s": two["images_per_second"],
+        "2 ranks: two independent bare processes, images/s": limit,
+        "2 ranks: trainer / independent pair": two["images_per_second"] / limit,
+        "usual pipeline (transforms, DataLoader), images/s": common[
+            "images_per_second"
+        ],
+        "2 ranks: trainer / usual pipeline": two["images_per_second"]
+        / common["images_per_second"],
+        "2 ranks: one epoch of training, s": two["seconds"],
+        "2 ranks: test accuracy after it, %": 100 * two["test_accuracy"],
+        "train_mnist_fast recipe, one epoch, s": record["seconds"],
+        "train_mnist_fast recipe, test accuracy, %": 100 * record["accuracy"],
+        "2 ranks: trainer / train_mnist_fast, time": two["seconds"] / record["seconds"],
+        "1 process: command to first step, s": one["startup"],
+        "import torch, s": torch_import,
+        "import torch and torch._dynamo (DDP does), s": dynamo_import,
+        "1 process: start-up / import torch": one["startup"] / torch_import,
+        "1 process: start-up / with torch._dynamo": one["startup"] / dynamo_import,
+        "1 process: rerun of a finished training, s": one["rerun"],
+        "2 ranks: rerun of a finished training, s": two["rerun"],
+        "2 ranks: peak memory of a rank, MB": two["mb"],
+    }
+
+
+def cpu_name() -> str:
+    try:
+        names = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        return names[1]
+    except (OSError, TypeError):
+        return platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--arm", choices=["bare", "usual", "fast"])
+    args = parser.parse_args()
+    if args.arm:
+        print(json.dumps(globals()[args.arm](args.data_dir)), flush=True)
+        return
+    import torch
+
+    print(
+        f"{date.today()}, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{os.cpu_count()} x {cpu_name()}, {args.rounds} rounds"
+    )
+    rounds = []
+    for number in range(args.rounds):
+        rounds.append(one_round(args.data_dir, number))
+        print(f"round {number + 1} of {args.rounds} done", file=sys.stderr, flush=True)
+    print(f"{'':52}{'median':>10}{'lowest':>10}{'highest':>10}")
+    for name in rounds[0]:
+        values = [figures[name] for figures in rounds]
+        digits = 0 if statistics.median(values) >= 1000 else 2
+        cells = statistics.median(values), min(values), max(values)
+        print(f"{name:52}" + "".join(f"{value:>10,.{digits}f}" for value in cells))
+
+
+if __name__ == "__main__":
+    main()
