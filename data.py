@@ -34,7 +34,7 @@ EXTRA_MIRROR = "https://storage.googleapis.com/cvdf-datasets/mnist/"
 SAMPLE = Path(__file__).resolve().parent / "tests" / "mnist_sample"
 CONNECT_SECONDS = 8  # to wait for each of the three mirrors
 STALL_SECONDS = 25  # a download that has not grown for so long is given up
-MAX_SHIFT = 2  # pixels by which training moves a digit, each way
+MAX_SHIFT = 1  # pixels by which training moves a digit, each way
 
 
 class Digits(NamedTuple):

@@ -1,48 +1,74 @@
-"""The network: what every rank holds a copy of, and DDP keeps identical."""
+"""The network and its optimizers: what DDP keeps the same on every rank."""
 
 import torch
 from torch import nn
+
+MUON_RATE = 2.0  # Muon's learning rate, as a multiple of AdamW's
 
 
 class ConvNet(nn.Module):
     """A small CNN for 28x28 grey digits.
 
-    There is no batch norm on purpose: its statistics are those of one rank's batch, so
-    N ranks x B images would not compute what one rank x N*B images computes.
+    It has no batch norm on purpose: its statistics would be those of one rank's batch, and
+    N ranks x B images would no longer compute what one rank x N*B images computes.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(  #                                      output
-            nn.Conv2d(1, 16, kernel_size=4, stride=2, padding=1),  # 16 x 14 x 14
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 16, kernel_size=5, stride=2),  # 28x28 -> 12x12
             nn.ReLU(),
-            nn.Conv2d(16, 32, kernel_size=3),  #                     32 x 12 x 12
-            nn.MaxPool2d(2),  #                                      32 x  6 x  6
+            nn.Conv2d(16, 48, kernel_size=3),  # 12x12 -> 10x10
+            nn.MaxPool2d(2),  # 10x10 -> 5x5
             nn.ReLU(),
-            nn.Conv2d(32, 64, kernel_size=3),  #                     64 x  4 x  4
+            nn.Conv2d(48, 128, kernel_size=3),  # 5x5 -> 3x3
             nn.ReLU(),
             nn.Flatten(),
-            nn.Linear(64 * 4 * 4, 10),
+            nn.Linear(128 * 3 * 3, 10),
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Classify digits.
+        """Map raw pixels, uint8 [B, 28, 28], to logits, float32 [B, 10].
 
-        Args:
-            images: raw pixels 0..255, uint8, shape [B, 28, 28]. Normalising in here means
-                that training, evaluation and your own digits cannot disagree about it.
-
-        Returns:
-            Logits, float32, shape [B, 10].
+        Scaling the pixels in here means that training, evaluation and your own digits cannot
+        disagree about it.
         """
-        pixels = images.unsqueeze(1).float()
-        return self.layers(
-            (pixels - 33.3) / 78.6
-        )  # mean and deviation of MNIST's pixels
+        return self.layers(images.unsqueeze(1).float() / 255)
 
 
 def create_model(seed: int) -> ConvNet:
-    """Build the network with weights that follow from `seed` alone, on every rank."""
+    """Build the network with the same weights for the same `seed`, on every rank."""
     torch.manual_seed(seed)
-    # channels_last is the layout in which the CPU (and tensor core) convolutions are fastest.
+    # In this layout convolutions are fastest, and each kernel lies in memory as a matrix.
     return ConvNet().to(memory_format=torch.channels_last)
+
+
+def kernels(model: nn.Module) -> list[nn.Parameter]:
+    """List the weights of the convolutions, [out, in, height, width]."""
+    return [weight for weight in model.parameters() if weight.ndim == 4]
+
+
+def as_matrix(kernel: torch.Tensor) -> torch.Tensor:
+    """View a channels_last kernel as the matrix [out, height * width * in]; never a copy."""
+    return kernel.permute(0, 2, 3, 1).view(len(kernel), -1)
+
+
+def create_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Create Muon for the kernels, which it takes as matrices, and AdamW for all the rest."""
+    matrices = [as_matrix(kernel.detach()) for kernel in kernels(model)]
+    others = [weight for weight in model.parameters() if weight.ndim != 4]
+    muon = torch.optim.Muon(matrices, weight_decay=0.1, momentum=0.9)
+    return [muon, torch.optim.AdamW(others, betas=(0.8, 0.95), fused=True)]
+
+
+def optimizer_step(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], lr: float
+) -> None:
+    """Step with AdamW at the rate `lr` and Muon at MUON_RATE times that; clear gradients."""
+    muon, adamw = (optimizer.param_groups[0] for optimizer in optimizers)
+    muon["lr"], adamw["lr"] = MUON_RATE * lr, lr
+    for matrix, kernel in zip(muon["params"], kernels(model)):
+        matrix.grad = as_matrix(kernel.grad)
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad()

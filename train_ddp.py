@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import utils
 from data import Dataset, Digits, batches, load_mnist
-from model import create_model
+from model import create_model, create_optimizers, optimizer_step
 from utils import StopRequest, UserError, say
 
 BASE_LR = 0.01  # the peak learning rate for a global batch of BASE_BATCH images
@@ -61,7 +61,7 @@ class Run:
     settings: dict[str, Any]  # what a checkpoint must agree with, or tell the change of
     data: Dataset  # on the device
     model: DistributedDataParallel
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     progress: Progress
 
 
@@ -187,7 +187,6 @@ def create_run(args: argparse.Namespace, data: Dataset, device: torch.device) ->
     settings = {"data": data.name} | {name: getattr(args, name) for name in names}
     train, test = (Digits(d.images.to(device), d.labels.to(device)) for d in data[1:])
     model = create_model(args.seed).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.95), fused=True)
     ddp = DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
@@ -197,9 +196,9 @@ def create_run(args: argparse.Namespace, data: Dataset, device: torch.device) ->
     # the order of summation changes too: unless it is over with now, the first step after a
     # resume rounds differently from that step of a run that was never interrupted.
     ddp(test.images[:1]).sum().backward()
-    optimizer.zero_grad()
+    model.zero_grad()
     data = Dataset(data.name, train, test)
-    return Run(args, settings, data, ddp, optimizer, Progress())
+    return Run(args, settings, data, ddp, create_optimizers(model), Progress())
 
 
 def resume(run: Run, found: tuple[str, bytes] | None, group: Any) -> str | None:
@@ -231,7 +230,8 @@ def resume(run: Run, found: tuple[str, bytes] | None, group: Any) -> str | None:
         run.model.module.load_state_dict(state["model"])
     except RuntimeError as error:
         raise UserError(f"{path} is of another model: {' '.join(str(error).split())}")
-    run.optimizer.load_state_dict(state["optimizer"])
+    for optimizer, saved in zip(run.optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
     run.progress = Progress(**state["progress"])
     return path
 
@@ -253,9 +253,8 @@ def train_epoch(run: Run, stop: StopRequest) -> bool:
         # A function of the images seen leaves no scheduler to restore; with --epochs raised,
         # training goes on as a run of that length would from here.
         part = seen / (args.epochs * total)
-        for group in run.optimizer.param_groups:
-            group["lr"] = args.lr * min(part / WARM_UP, (1 - part) / (1 - WARM_UP))
-        loss_sum, stop_votes = train_step(run, images, labels, count, stop.pending())
+        lr = args.lr * min(part / WARM_UP, (1 - part) / (1 - WARM_UP))
+        loss_sum, votes = train_step(run, images, labels, count, lr, stop.pending())
         progress.images += count
         progress.step += 1
         progress.loss_sum += loss_sum
@@ -271,16 +270,21 @@ def train_epoch(run: Run, stop: StopRequest) -> bool:
                 f"{rate:,.0f} images/s  {left:.0f} s left",
                 passing=True,
             )
-        if stop_votes or (args.save_every and progress.step % args.save_every == 0):
+        if votes or (args.save_every and progress.step % args.save_every == 0):
             path = save(run)
-        if stop_votes:
+        if votes:
             say(f"stopped; {path} has all progress: rerun the same command to go on")
             return False
     return True
 
 
 def train_step(
-    run: Run, images: torch.Tensor, labels: torch.Tensor, count: int, stop: bool
+    run: Run,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    count: int,
+    lr: float,
+    stop: bool,
 ) -> tuple[float, int]:
     """Take an optimizer step on the mean gradient over the `count` images of all ranks.
 
@@ -303,8 +307,7 @@ def train_step(
         raise UserError(
             f"the loss is {loss_sum} in step {step}: rerun with a lower --lr"
         )
-    run.optimizer.step()
-    run.optimizer.zero_grad()
+    optimizer_step(run.model.module, run.optimizers, lr)
     return loss_sum, int(stop_votes)
 
 
@@ -367,7 +370,7 @@ def save(run: Run) -> Path:
     # Of the module: DDP's own state dict has "module." before each name, and would load into
     # nothing but another DDP model.
     weights = run.model.module.state_dict()
-    state = {"model": weights, "optimizer": run.optimizer.state_dict()}
+    state = {"model": weights, "optimizers": [o.state_dict() for o in run.optimizers]}
     state |= {"progress": asdict(progress), "settings": run.settings}
     state |= {"torch": str(torch.__version__)}
     # All of the history, anew each time: appended lines would be doubled by a resume.

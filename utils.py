@@ -240,7 +240,7 @@ def decode_checkpoint(content: bytes) -> dict[str, Any]:
             raise ValueError(f"wrong checksum of {damaged}")
     # weights_only: a full pickle may run any code while it is loaded.
     state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    if not {"model", "optimizer", "progress", "settings"} <= set(state):
+    if not {"model", "optimizers", "progress", "settings"} <= set(state):
         raise ValueError("it was not written by this program")
     return state
 

@@ -53,21 +53,20 @@ def bare(data_dir: Path, seconds: float = 6.0) -> dict:
     import torch.nn.functional as F
 
     from data import load_mnist
-    from model import create_model
-    from train_ddp import LABEL_SMOOTHING, create_optimizer
+    from model import create_model, create_optimizers, optimizer_step
+    from train_ddp import BASE_LR, LABEL_SMOOTHING
 
     train = load_mnist(data_dir).train
     images, labels = train.images[:BATCH].clone(), train.labels[:BATCH].clone()
     model = create_model(0)
-    optimizer = create_optimizer(model)
+    optimizers = create_optimizers(model)
 
     def step() -> None:
         loss = F.cross_entropy(
             model(images), labels, label_smoothing=LABEL_SMOOTHING, reduction="sum"
         )
         (loss / BATCH).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer_step(model, optimizers, BASE_LR / 100)
 
     for _ in range(20):
         step()
@@ -86,8 +85,8 @@ def usual(data_dir: Path, steps: int = 150) -> dict:
     from torch.utils.data import DataLoader
     from torchvision import datasets, transforms
 
-    from model import create_model
-    from train_ddp import LABEL_SMOOTHING, create_optimizer
+    from model import create_model, create_optimizers, optimizer_step
+    from train_ddp import BASE_LR, LABEL_SMOOTHING
 
     augment = transforms.Compose(
         [transforms.RandomCrop(28, padding=2), transforms.PILToTensor()]
@@ -101,7 +100,7 @@ def usual(data_dir: Path, steps: int = 150) -> dict:
     )
     torch.set_num_threads(2)
     model = create_model(0)
-    optimizer = create_optimizer(model)
+    optimizers = create_optimizers(model)
     wait_for_go()
     done, start = -10, 0.0
     for images, labels in loader:
@@ -111,8 +110,7 @@ def usual(data_dir: Path, steps: int = 150) -> dict:
             model(images.squeeze(1)), labels, label_smoothing=LABEL_SMOOTHING
         )
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer_step(model, optimizers, BASE_LR / 100)
         done += 1
         if done == steps:
             break

@@ -135,7 +135,7 @@ def checksum(folder: Path) -> str:
         else:
             digest.update(repr(item).encode())
 
-    add([state["model"], state["optimizer"]])
+    add([state["model"], state["optimizers"]])
     keys = "epoch", "step", "train_loss", "test_loss", "correct", "total"
     add([[record[key] for key in keys] for record in state["progress"]["history"]])
     return digest.hexdigest()
@@ -160,7 +160,7 @@ def start(tmp_path):
 
 # Forked from a process that has imported torch already, ranks start in no time.
 torch.multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["torch.distributed", "torch.nn.parallel"]
+    ["torch.distributed", "torch.nn.parallel", "torchvision.datasets"]
 )
 
 
