@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import BatchSampler, DistributedSampler
 
-from utils import UserError, first_line, warn
+from utils import UserError, last_line, warn
 
 DATASET = "MNIST"  # the class in torchvision.datasets, and its folder in --data_dir
 SHA256 = {  # of the published files
@@ -126,7 +126,7 @@ def download(data_dir: Path) -> str | None:
             for name in SHA256:
                 (fresh / DATASET / "raw" / name).replace(raw / name)
         except Exception as error:  # noqa: BLE001 (whatever it is, there is the sample)
-            failures.append(first_line(error))
+            failures.append(last_line(error))
 
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # runs that share the folder take turns

@@ -126,7 +126,8 @@ def work(rank: int, args: Any, store_path: str | None, launcher: int | None) -> 
         # first cause, which the dead rank itself, torchrun or utils.launch tells.
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        message = f"lost another rank ({utils.first_line(error)}); rerun to resume"
+        detail = utils.last_line(error).split("] ", 1)[-1].split(" This is typ")[0]
+        message = f"lost another rank ({detail}); rerun to resume"
     if rank == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(1)
@@ -154,7 +155,7 @@ def train(args: argparse.Namespace, device: torch.device, launcher: int | None) 
     path = resume(run, found, setup)
     say(
         f"processes  {args.world_size} on {device.type} over {dist.get_backend()}, "
-        f"{torch.get_num_threads()} CPU threads each\n"
+        f"CPU threads each: {torch.get_num_threads()}\n"
         f"data       {data.name}\n"
         f"model      {sum(p.numel() for p in run.model.parameters()):,} parameters\n"
         f"batch      {args.world_size} x {args.batch_size} images, peak lr {args.lr:.3g}\n"

@@ -22,9 +22,7 @@ import torch.multiprocessing as mp
 # How long a rank waits in a collective for the others. With torch's default of half an hour,
 # one frozen process holds the whole job that long. During set-up, a download may take a while.
 COLLECTIVE_TIMEOUT, SETUP_TIMEOUT = timedelta(seconds=60), timedelta(minutes=10)
-REPEAT_SECONDS = (
-    1.0  # one Ctrl-C can arrive twice: from the terminal and from the launcher
-)
+REPEAT_SECONDS = 1.0  # one Ctrl-C can arrive twice: from terminal and launcher
 
 
 class UserError(Exception):
@@ -44,9 +42,9 @@ def warn(*lines: str) -> None:
     print("\n".join(["!" * 80, *lines, "!" * 80]), file=sys.stderr, flush=True)
 
 
-def first_line(error: BaseException) -> str:
-    """Reduce the message of an error to one line."""
-    return (str(error).strip().splitlines() or [repr(error)])[0]
+def last_line(error: BaseException) -> str:
+    """Reduce the message of an error to its last line, which is the most telling one."""
+    return (str(error).strip().splitlines() or [repr(error)])[-1]
 
 
 def under_torchrun() -> bool:
@@ -81,11 +79,11 @@ def launch(worker: Callable[..., None], args: Any, world_size: int) -> None:
             while not context.join(grace_period=3):
                 pass
         except mp.ProcessExitedException as error:
-            if error.exit_code > 0:
-                sys.exit(error.exit_code)
-            who = f"rank {error.error_index} was killed by {error.signal_name}"
-            print(f"error: {who}; rerun to resume", file=sys.stderr)
-            sys.exit(128 - error.exit_code)
+            if error.exit_code < 0 and not signals:
+                who = f"rank {error.error_index} was killed by {error.signal_name}"
+                print(f"error: {who}; rerun to resume", file=sys.stderr)
+            code = error.exit_code
+            sys.exit(code if code > 0 else 128 - code)
 
 
 @contextlib.contextmanager
@@ -256,7 +254,7 @@ def newest_checkpoint(folder: Path) -> tuple[str, bytes] | None:
             decode_checkpoint(content)
             return str(path), content
         except Exception as error:  # noqa: BLE001 (damage can raise anything)
-            warn(f"{path} is damaged, trying the one before: {first_line(error)}")
+            warn(f"{path} is damaged, trying the one before: {last_line(error)}")
     if paths:
         cure = "restore one, or delete them to start afresh"
         raise UserError(
