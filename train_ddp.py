@@ -304,10 +304,8 @@ def train_step(
     arrival.wait()
     loss_sum, stop_votes = status.tolist()
     if not math.isfinite(loss_sum):
-        step = run.progress.step + 1
-        raise UserError(
-            f"the loss is {loss_sum} in step {step}: rerun with a lower --lr"
-        )
+        where = f"in step {run.progress.step + 1}"
+        raise UserError(f"the loss is {loss_sum} {where}: rerun with a lower --lr")
     optimizer_step(run.model.module, run.optimizers, lr)
     return loss_sum, int(stop_votes)
 
@@ -347,9 +345,7 @@ def evaluate(model: torch.nn.Module, digits: Digits) -> tuple[float, int, int]:
     """
     mine = slice(dist.get_rank(), None, dist.get_world_size())
     sums = torch.zeros(3, dtype=torch.float64, device=digits.labels.device)
-    for images, labels in zip(
-        digits.images[mine].split(1000), digits.labels[mine].split(1000)
-    ):
+    for images, labels in zip(*(part[mine].split(1000) for part in digits)):
         logits = model(images)
         sums[0] += F.cross_entropy(logits, labels, reduction="sum")
         sums[1] += (logits.argmax(1) == labels).sum()
@@ -382,12 +378,9 @@ def save(run: Run) -> Path:
         utils.save_checkpoint(path, state, run.args.keep)
         utils.write_atomically(folder / "metrics.jsonl", metrics.encode())
     except (OSError, ValueError) as error:
-        good = [p for p in utils.checkpoint_paths(folder) if p.name < path.name] or [
-            "none"
-        ]
-        raise UserError(
-            f"cannot save {path}: {error}; last good checkpoint: {good[-1]}"
-        )
+        earlier = [p for p in utils.checkpoint_paths(folder) if p.name < path.name]
+        good = earlier[-1] if earlier else "none"
+        raise UserError(f"cannot save {path}: {error}; last good checkpoint: {good}")
     return path
 
 
@@ -396,18 +389,15 @@ def draw_mistakes(model: torch.nn.Module, digits: Digits) -> bytes:
     """Return a PNG of the digits that the model gets wrong, labelled "true > predicted"."""
     from PIL import Image, ImageDraw, ImageFont  # comes with torchvision
 
-    predicted = torch.cat(
-        [model(images).argmax(1) for images in digits.images.split(1000)]
-    )
+    predicted = torch.cat([model(x).argmax(1) for x in digits.images.split(1000)])
     wrong = (predicted != digits.labels).nonzero().flatten().tolist()
     columns, width, height = 12, 80, 104  # pixels of the field for one digit
     sheet = Image.new("L", (columns * width, (len(wrong) // columns + 1) * height), 255)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=20)
     for n, i in enumerate(wrong):
         x, y = n % columns * width, n // columns * height
-        digit = Image.frombytes(
-            "L", (28, 28), bytes(digits.images[i].flatten().tolist())
-        )
+        pixels = bytes(digits.images[i].flatten().tolist())
+        digit = Image.frombytes("L", (28, 28), pixels)
         sheet.paste(digit.resize((width - 4, width - 4)), (x + 2, y + 2))
         text = f"{digits.labels[i]} > {predicted[i]}"
         draw.text((x + width / 2, y + 90), text, 0, font, anchor="mm")

@@ -97,6 +97,18 @@ def alive(pid: int) -> bool:
         return False
 
 
+def processes(mark: Path) -> list[int]:
+    """All living processes that were started with MARK=mark, orphans too."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"MARK={mark}\0".encode() in environ.read_bytes():
+                found.append(int(environ.parent.name))
+        except OSError:
+            continue  # it has just ended, or is another user's
+    return [pid for pid in found if alive(pid)]
+
+
 def wait_until(condition, timeout: float = 60, started: Started | None = None):
     """Poll `condition` until it is true, and return its value; fail with the log after `timeout`."""
     end = time.monotonic() + timeout
@@ -182,6 +194,8 @@ def _rank(rank: int, world_size: int, folder: str, function, args: tuple) -> Non
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    os.environ["OMP_NUM_THREADS"] = "1"  # more would wait for each other on busy cores
+    torch.set_num_threads(1)
     store = torch.distributed.FileStore(f"{folder}/store", world_size)
     with utils.process_group(store):
         torch.save(function(*args), f"{folder}/result{rank}")

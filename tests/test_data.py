@@ -117,30 +117,30 @@ def test_a_start_within_an_epoch_gives_the_rest_of_the_same_batches(deal, world_
                 assert one[2] == other[2]
 
 
-def test_training_shifts_by_up_to_two_pixels_each_way(deal):
+def test_training_shifts_by_all_distances_up_to_the_limit(deal):
     dots = torch.zeros(2000, 28, 28, dtype=torch.uint8)
     dots[:, 14, 14] = 255
     [[(images, _, _)]] = deal(1, Digits(dots, torch.arange(2000)), 2000, 0, 0)
     places = images.nonzero()[:, 1:].tolist()
-    assert {(y, x) for y, x in places} == {
-        (y, x) for y in range(12, 17) for x in range(12, 17)
-    }
+    reach = range(14 - data.MAX_SHIFT, 15 + data.MAX_SHIFT)
+    assert {(y, x) for y, x in places} == {(y, x) for y in reach for x in reach}
 
 
 def test_shift_agrees_with_a_plain_loop():
-    images = numbered(25).images
-    offsets = torch.tensor([(down, across) for down in range(5) for across in range(5)])
-    shifted = shift(images, offsets)
+    reach = range(-data.MAX_SHIFT, data.MAX_SHIFT + 1)
+    moves = [(down, across) for down in reach for across in reach]
+    images = numbered(len(moves)).images
+    shifted = shift(images, torch.tensor(moves) + data.MAX_SHIFT)
     expected = torch.zeros_like(images)
-    for i, (down, across) in enumerate(offsets.tolist()):
+    for i, (down, across) in enumerate(moves):
         for y in range(28):
             for x in range(28):
-                source_y, source_x = y + down - 2, x + across - 2
-                if 0 <= source_y < 28 and 0 <= source_x < 28:
-                    expected[i, y, x] = images[i, source_y, source_x]
+                if 0 <= y + down < 28 and 0 <= x + across < 28:
+                    expected[i, y, x] = images[i, y + down, x + across]
     assert shifted.dtype == torch.uint8
     assert torch.equal(shifted, expected)
-    assert torch.equal(shifted[12], images[12])  # by (2, 2): not at all
+    still = moves.index((0, 0))
+    assert torch.equal(shifted[still], images[still])
 
 
 # Files

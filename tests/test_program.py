@@ -61,6 +61,7 @@ def offline(tmp_path_factory):
     screen, terminal = pty.openpty()
     proxies = ["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"]
     env = os.environ | dict.fromkeys(proxies, "http://127.0.0.1:9")
+    env["OMP_NUM_THREADS"] = "1"  # threads wait for each other on busy cores
     with (folder / "stderr").open("w+") as stderr:
         process = subprocess.Popen(
             command("--epochs", 1, "--world_size", 1, data=False),
@@ -87,7 +88,9 @@ def test_without_a_network_one_process_trains_on_the_sample(offline):
     assert record["data"].startswith("MNIST sample 10000+2000")
     assert record["world_size"] == 1
     assert record["test_accuracy"] > 0.96
-    check_result(offline.shown, offline.folder / "checkpoints", epochs=1)
+    check_result(
+        offline.shown.replace("\x1b[K", ""), offline.folder / "checkpoints", epochs=1
+    )
     assert (
         offline.shown.count("MNIST sample 10000+2000") == 2
     )  # at start, in the result
@@ -100,7 +103,7 @@ def test_without_a_network_one_process_trains_on_the_sample(offline):
 
 def test_a_terminal_shows_progress_on_one_line(offline):
     passing = re.findall(
-        r"\r\x1b\[K(epoch 1/1 +step \d+ +image [\d,]+/10,000 +loss \d\S* +[\d,]+ images/s +\d+ s left)(?=\r\x1b)",
+        r"\r\x1b\[K(epoch 1/1 +step \d+ +[\d,]+/10,000 images +loss \d\S* +[\d,]+ images/s +\d+ s left)(?=\r\x1b)",
         offline.shown,
     )
     assert passing, offline.shown
@@ -144,12 +147,13 @@ def test_two_runs_at_once_both_end_well_and_say_nothing_to_stderr(spawned):
 
 
 def test_the_start_is_described_by_one_rank(spawned):
+    parameters = sum(weight.numel() for weight in ConvNet().parameters())
     for one, size in zip(spawned, [3, 2]):
         threads = max(1, len(os.sched_getaffinity(0)) // size)
         lines = one.out.splitlines()
         assert f"{size} on cpu over gloo, {threads} CPU threads each" in lines[0]
         assert "MNIST sample 10000+2000" in lines[1]
-        assert "33,658" in lines[2]
+        assert f"{parameters:,}" in lines[2]
         assert f"{size} x 64" in lines[3]
         assert "from scratch" in lines[4]
         assert len(lines) == len({*lines})
@@ -235,8 +239,8 @@ def test_a_checkpoint_holds_all_that_is_needed(spawned):
     assert state["settings"]["data"].startswith("MNIST sample 10000+2000")
     for name in "seed", "epochs", "batch_size", "world_size", "lr":
         assert name in state["settings"]
-    step = state["optimizer"]["state"][0]
-    assert step["step"] == 53 and step["exp_avg"].abs().sum() > 0
+    inner = [o["state"] for o in state["optimizers"]]
+    assert all(inner) and 53 in [s.get("step") for o in inner for s in o.values()]
 
 
 def test_mistakes_are_drawn(spawned):
