@@ -33,7 +33,7 @@ import train_ddp
 from data import Dataset, Digits, batches, load_mnist
 from model import create_model, create_optimizers, optimizer_step
 
-EPOCH = "--epochs", 1, "--batch_size", 16  # 625 steps of one process, 208 of three
+EPOCH = "--epochs", 1, "--batch_size", 32  # 157 steps of two processes
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # threads wait for each other on busy cores
 STOPPED = r"stopped; (\S+\.pt) .*rerun.*"
 
@@ -46,7 +46,7 @@ def straight(tmp_path_factory):
     def folder(world_size: int) -> Path:
         if world_size not in folders:
             cwd = tmp_path_factory.mktemp(f"straight{world_size}")
-            flags = "--world_size", world_size, "--save_every", 100
+            flags = "--world_size", world_size, "--save_every", 50
             assert run(command(*EPOCH, *flags), cwd, **ONE_THREAD).returncode == 0
             folders[world_size] = cwd / "checkpoints"
         return folders[world_size]
@@ -58,7 +58,7 @@ def straight(tmp_path_factory):
 def midway(straight, tmp_path):
     """Leave the checkpoint of step 100 of a run of 2 processes, and no other, in ./checkpoints."""
     path = checkpoints(straight(2))[0]
-    assert path.name == f"epoch00000-image{100 * 2 * 16:09d}.pt"
+    assert path.name == f"epoch00000-image{100 * 2 * 32:09d}.pt"
     (tmp_path / "checkpoints").mkdir()
     return Path(shutil.copy(path, tmp_path / "checkpoints"))
 
@@ -119,7 +119,7 @@ def test_stopped_by_any_signal_to_anyone_all_ranks_leave_at_one_step(
 ):
     """Five times in one run, by both launchers in turn; the end is that of a straight run."""
     folder = tmp_path / "checkpoints"
-    flags = *EPOCH, "--world_size", 2, "--save_every", 10, "--keep", 100
+    flags = *EPOCH, "--world_size", 2, "--save_every", 5, "--keep", 100
     for launcher, signum, to_all in [
         (None, signal.SIGTERM, False),
         (None, signal.SIGINT, True),
@@ -146,7 +146,7 @@ def test_stopped_by_any_signal_to_anyone_all_ranks_leave_at_one_step(
         [named] = re.findall(STOPPED, output)
         assert named == f"checkpoints/{checkpoints(folder)[-1].name}"
         progress = newest(folder)["progress"]
-        assert progress["images"] == progress["step"] * 2 * 16
+        assert progress["images"] == progress["step"] * 2 * 32
         if not launcher:
             assert "Traceback" not in output and "rror" not in output
     assert run(command(*flags), tmp_path).returncode == 0
@@ -401,7 +401,7 @@ def test_runs_of_three_then_of_one_process_go_on_mid_epoch(midway, start, tmp_pa
     after_two = torch.load(midway, weights_only=True)["progress"]
     after_three = newest(folder)["progress"]
     steps = after_three["step"] - after_two["step"]
-    assert after_three["images"] - after_two["images"] == steps * 3 * 16
+    assert after_three["images"] - after_two["images"] == steps * 3 * 32
 
     ended = run(command(*EPOCH, "--world_size", 1), tmp_path)
     assert ended.returncode == 0
@@ -410,7 +410,7 @@ def test_runs_of_three_then_of_one_process_go_on_mid_epoch(midway, start, tmp_pa
     used = record["images_per_second"] * record["seconds"]
     assert used == pytest.approx(10000)
     steps = record["step"] - after_three["step"]
-    assert steps == -(-(10000 - after_three["images"]) // 16)
+    assert steps == -(-(10000 - after_three["images"]) // 32)
     assert record["test_accuracy"] > 0.95
 
 
@@ -438,7 +438,7 @@ def agent(start, tmp_path):
     text = f"import sys\nsys.path.insert(0, {str(SCRIPT.parent)!r})\n{LEAVE_WEIGHTS}"
     script.write_text(f"{text}\nexec(compile({SCRIPT.read_text()!r}, 'x', 'exec'))\n")
 
-    def start_agent(name: str, nodes: str, *flags: object):
+    def start_agent(name: str, nodes: str, *flags: object, **env: str):
         (tmp_path / name).mkdir(exist_ok=True)
         options = [f"--nnodes={nodes}", "--nproc_per_node=1", "--max-restarts=3"]
         options += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
@@ -446,7 +446,7 @@ def agent(start, tmp_path):
         options += ["--rdzv_conf=last_call_timeout=2,keep_alive_interval=1"]
         cmd = [sys.executable, "-m", "torch.distributed.run", *options, str(script)]
         cmd += [*map(str, flags), "--data_dir", str(SAMPLE)]
-        return start(cmd, tmp_path / name, GLOO_SOCKET_IFNAME="lo")
+        return start(cmd, tmp_path / name, GLOO_SOCKET_IFNAME="lo", **env)
 
     return start_agent
 
@@ -471,12 +471,14 @@ def test_two_nodes_resume_where_only_one_has_checkpoints(
 
 @pytest.mark.skipif(not os.environ.get("SLOW_TESTS"), reason="SLOW_TESTS is not set")
 def test_a_node_joins_and_is_killed_and_training_goes_on(agent, tmp_path):
+    # Without this, torch 2.14 gives a node that joins later no address to meet at.
+    env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     flags = "--epochs", 1000, "--batch_size", 16, "--save_every", 50
-    first = agent("first", "1:2", *flags)
+    first = agent("first", "1:2", *flags, **env)
     folder = tmp_path / "first" / "checkpoints"
     first.wait_for("processes  1 on", 90)
     wait_for_progress(first, folder)
-    second = agent("second", "1:2", *flags)
+    second = agent("second", "1:2", *flags, **env)
     wait_until(
         lambda: "processes  2 on" in first.output() + second.output(), 90, second
     )
