@@ -4,7 +4,11 @@ torchrun --nproc_per_node=2 train_ddp.py --epochs 3 --batch_size 64
 python train_ddp.py --world_size 2
 """
 
+import ctypes
+import multiprocessing
+import os
 import signal
+import sys
 
 if __name__ in (
     "__main__",
@@ -13,13 +17,17 @@ if __name__ in (
     # Until training starts, Ctrl-C ends the process at once: Python's own handler would print
     # a traceback for each rank, from the middle of some import.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if sys.platform == "linux" and (
+        __name__ == "__mp_main__" or "TORCHELASTIC_RUN_ID" in os.environ
+    ):
+        # Let the kernel tell a worker, by SIGTERM, that its launcher has died: torchrun gives
+        # its workers sessions of their own, where they would train on as orphans.
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, see prctl(2)
 
 import argparse
 import io
 import json
 import math
-import os
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -108,8 +116,10 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def work(rank: int, args: Any, store_path: str | None, launcher: int | None) -> None:
+def work(rank: int, args: argparse.Namespace, store_path: str | None) -> None:
     """Train as one rank and exit; rank 0 says what went wrong."""
+    if (spawner := multiprocessing.parent_process()) and not spawner.is_alive():
+        sys.exit(1)  # it died before its death could be told
     if store_path:  # started without torchrun: set what it would have set
         size = str(args.world_size)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -117,23 +127,24 @@ def work(rank: int, args: Any, store_path: str | None, launcher: int | None) -> 
     store = dist.FileStore(store_path, args.world_size) if store_path else None
     try:
         with utils.process_group(store) as device:
-            code = train(args, device, launcher)
+            code = train(args, device)
         sys.exit(code)
     except (UserError, OSError) as error:
-        message = str(error)
+        message, speakers = str(error), (0 if isinstance(error, UserError) else rank,)
     except RuntimeError as error:
         # When a rank dies, the others fail in a collective. Their tracebacks would bury the
         # first cause, which the dead rank itself, torchrun or utils.launch tells.
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if not utils.is_lost_rank(error):
             raise
         detail = utils.last_line(error).split("] ", 1)[-1].split(" This is typ")[0]
         message = f"lost another rank ({detail}); rerun to resume"
-    if rank == 0:
+        speakers = 0, 1  # as rank 0 may be the one that is lost
+    if rank in speakers:
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(1)
 
 
-def train(args: argparse.Namespace, device: torch.device, launcher: int | None) -> int:
+def train(args: argparse.Namespace, device: torch.device) -> int:
     """Do the whole job as one rank: set up, resume, train, evaluate, save.
 
     Returns the exit code; raises UserError, on all ranks or on rank 0 alone.
@@ -163,7 +174,7 @@ def train(args: argparse.Namespace, device: torch.device, launcher: int | None) 
     )
     if run.progress.epoch >= args.epochs:
         say("training is complete already")
-    stop = StopRequest(launcher)
+    stop = StopRequest()
     while run.progress.epoch < args.epochs:
         if not train_epoch(run, stop):
             return 128 + (stop.signum or signal.SIGTERM)
@@ -230,7 +241,8 @@ def resume(run: Run, found: tuple[str, bytes] | None, group: Any) -> str | None:
     try:
         run.model.module.load_state_dict(state["model"])
     except RuntimeError as error:
-        raise UserError(f"{path} is of another model: {' '.join(str(error).split())}")
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is of another model; set --checkpoint_dir. {reason}")
     for optimizer, saved in zip(run.optimizers, state["optimizers"]):
         optimizer.load_state_dict(saved)
     run.progress = Progress(**state["progress"])
@@ -255,7 +267,7 @@ def train_epoch(run: Run, stop: StopRequest) -> bool:
         # training goes on as a run of that length would from here.
         part = seen / (args.epochs * total)
         lr = args.lr * min(part / WARM_UP, (1 - part) / (1 - WARM_UP))
-        loss_sum, votes = train_step(run, images, labels, count, lr, stop.pending())
+        loss_sum, votes = train_step(run, images, labels, count, lr, bool(stop.signum))
         progress.images += count
         progress.step += 1
         progress.loss_sum += loss_sum
@@ -378,8 +390,8 @@ def save(run: Run) -> Path:
         utils.save_checkpoint(path, state, run.args.keep)
         utils.write_atomically(folder / "metrics.jsonl", metrics.encode())
     except (OSError, ValueError) as error:
-        earlier = [p for p in utils.checkpoint_paths(folder) if p.name < path.name]
-        good = earlier[-1] if earlier else "none"
+        whole = [p for p in utils.checkpoint_paths(folder) if p.name <= path.name]
+        good = whole[-1] if whole else "none"
         raise UserError(f"cannot save {path}: {error}; last good checkpoint: {good}")
     return path
 
@@ -408,5 +420,5 @@ def draw_mistakes(model: torch.nn.Module, digits: Digits) -> bytes:
 if __name__ == "__main__":
     args = parse_args()
     if utils.under_torchrun():
-        work(int(os.environ["RANK"]), args, None, os.getppid())
+        work(int(os.environ["RANK"]), args, None)
     utils.launch(work, args, args.world_size)

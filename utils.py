@@ -53,7 +53,7 @@ def under_torchrun() -> bool:
 
 
 def launch(worker: Callable[..., None], args: Any, world_size: int) -> None:
-    """Run worker(rank, args, store_path, launcher) in `world_size` processes, and exit.
+    """Run worker(rank, args, store_path) in `world_size` processes, and exit.
 
     They meet over a file in a private folder: no port for a second run to collide with, and
     nothing for another machine to reach. The exit code is that of the first one to fail.
@@ -69,9 +69,8 @@ def launch(worker: Callable[..., None], args: Any, world_size: int) -> None:
     with tempfile.TemporaryDirectory(prefix="train_ddp-") as folder:
         store_path = os.path.join(folder, "store")
         if world_size == 1:
-            worker(0, args, store_path, None)
-        worker_args = args, store_path, os.getpid()
-        context = mp.spawn(worker, worker_args, nprocs=world_size, join=False)
+            worker(0, args, store_path)
+        context = mp.spawn(worker, (args, store_path), nprocs=world_size, join=False)
         signal.signal(signal.SIGINT, pass_on)
         signal.signal(signal.SIGTERM, pass_on)
         try:
@@ -79,11 +78,26 @@ def launch(worker: Callable[..., None], args: Any, world_size: int) -> None:
             while not context.join(grace_period=3):
                 pass
         except mp.ProcessExitedException as error:
-            if error.exit_code < 0 and not signals:
-                who = f"rank {error.error_index} was killed by {error.signal_name}"
-                print(f"error: {who}; rerun to resume", file=sys.stderr)
-            code = error.exit_code
+            code, rank = error.exit_code, error.error_index
+            how = (
+                f"was killed by {error.signal_name}"
+                if code < 0
+                else f"exits with {code}"
+            )
+            # 1 is for an error that is on the screen already, the others for being stopped.
+            if not signals and code not in (
+                1,
+                128 + signal.SIGINT,
+                128 + signal.SIGTERM,
+            ):
+                print(f"error: rank {rank} {how}; rerun to resume", file=sys.stderr)
             sys.exit(code if code > 0 else 128 - code)
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Tell whether a collective failed only because another rank died, froze or left."""
+    traces = "gloo", "pair closure"  # of the plain RuntimeErrors that gloo raises
+    return isinstance(error, dist.DistError) or any(t in str(error) for t in traces)
 
 
 @contextlib.contextmanager
@@ -160,10 +174,10 @@ def shared_fate(group: dist.ProcessGroup) -> Iterator[None]:
 
 
 class StopRequest:
-    """Notes SIGINT, SIGTERM and the death of the launcher, for the ranks to agree on."""
+    """Notes SIGINT and SIGTERM, for the ranks to agree on a step at which to stop."""
 
-    def __init__(self, launcher: int | None) -> None:
-        self.launcher, self.signum, self.since = launcher, 0, 0.0
+    def __init__(self) -> None:
+        self.signum, self.since = 0, 0.0
         signal.signal(signal.SIGINT, self._note)
         signal.signal(signal.SIGTERM, self._note)
 
@@ -172,10 +186,6 @@ class StopRequest:
             os._exit(128 + signum)
         if not self.signum:
             self.signum, self.since = signum, time.monotonic()
-
-    def pending(self) -> bool:
-        # torchrun gives its workers sessions of their own: they would train on as orphans.
-        return bool(self.signum) or self.launcher not in (None, os.getppid())
 
 
 def lock_folder(folder: Path) -> IO[str]:
