@@ -170,6 +170,8 @@ def start(tmp_path):
         one.process.wait()
 
 
+torch.set_num_threads(1)  # more would wait for each other on busy cores
+
 # Forked from a process that has imported torch already, ranks start in no time.
 torch.multiprocessing.get_context("forkserver").set_forkserver_preload(
     ["torch.distributed", "torch.nn.parallel", "torchvision.datasets"]

@@ -414,7 +414,7 @@ def train_on(data_dirs: list[Path], checkpoint_dir: Path, digests: dict) -> str:
         data_dir=data_dirs[dist.get_rank()], checkpoint_dir=checkpoint_dir
     )
     with pytest.raises(UserError) as caught:
-        train_ddp.train(args, torch.device("cpu"), None)
+        train_ddp.train(args, torch.device("cpu"))
     return str(caught.value)
 
 

@@ -42,10 +42,9 @@ def metrics(folder: Path) -> list[dict]:
 def check_result(output: str, folder: Path, epochs: int) -> None:
     """The last lines name the result, which is that of metrics.jsonl, and the files."""
     last = metrics(folder)[-1]
-    share = f"{last['correct']}/{last['total']}"
     lines = output.splitlines()[-4:]
-    result = re.escape(f"{last['test_accuracy']:.2%}"), share, re.escape(last["data"])
-    assert re.match(".*".join(["result ", *result]), lines[0])
+    assert lines[0].startswith("result ")
+    assert f"{last['test_accuracy']:.2%}" in lines[0] and last["data"] in lines[0]
     assert re.match(r"weights +\S.*epoch0000\d-image000000000\.pt$", lines[1])
     assert re.match(r"mistakes +\S.*mistakes\.png$", lines[2])
     assert f"--epochs {epochs + 3}" in lines[3]
@@ -151,7 +150,7 @@ def test_the_start_is_described_by_one_rank(spawned):
     for one, size in zip(spawned, [3, 2]):
         threads = max(1, len(os.sched_getaffinity(0)) // size)
         lines = one.out.splitlines()
-        assert f"{size} on cpu over gloo, {threads} CPU threads each" in lines[0]
+        assert f"{size} on cpu over gloo, CPU threads each: {threads}" in lines[0]
         assert "MNIST sample 10000+2000" in lines[1]
         assert f"{parameters:,}" in lines[2]
         assert f"{size} x 64" in lines[3]
@@ -278,7 +277,7 @@ def test_torchrun_shares_the_cores_out_and_only_rank_zero_speaks(torchrun):
     first = torchrun.first
     assert first.returncode == 0
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert f"2 on cpu over gloo, {threads} CPU threads each" in first.stdout
+    assert f"2 on cpu over gloo, CPU threads each: {threads}" in first.stdout
     assert len(first.stdout.splitlines()) == len({*first.stdout.splitlines()})
     # torchrun itself has something to say about OMP_NUM_THREADS.
     assert not re.search("error|Error|Traceback|Warning", first.stderr)
@@ -532,7 +531,8 @@ def test_ddp_is_told_of_its_gpu_and_only_of_a_gpu(monkeypatch, device):
 
     digits = Digits(torch.zeros(1, 28, 28, dtype=torch.uint8), torch.zeros(1).long())
     if device:
-        monkeypatch.setattr(train_ddp, "create_model", lambda _: Movable(ConvNet()))
+        model = train_ddp.create_model(0)
+        monkeypatch.setattr(train_ddp, "create_model", lambda _: Movable(model))
         digits = Digits(*map(Movable, digits))
     monkeypatch.setattr(train_ddp, "DistributedDataParallel", fake_ddp)
     args = SimpleNamespace(seed=0, epochs=1, batch_size=1, world_size=1, lr=0.1)

@@ -453,6 +453,22 @@ def agent(start, tmp_path):
     return start_agent
 
 
+def resume_where_found(path: Path, finder: int) -> list[torch.Tensor]:
+    device, group = torch.device("cpu"), dist.group.WORLD
+    created = train_ddp.create_run(arguments(64), load_mnist(SAMPLE), device)
+    found = (str(path), path.read_bytes()) if dist.get_rank() == finder else None
+    created.settings["seed"] = 0  # that of the checkpoint
+    train_ddp.resume(created, found, group)
+    return copies(created.model.parameters())
+
+
+@pytest.mark.parametrize("finder", [0, 1])
+def test_all_ranks_resume_from_the_checkpoint_that_any_rank_has(midway, finder):
+    expected = [*torch.load(midway, weights_only=True)["model"].values()]
+    for weights in in_ranks(2, resume_where_found, midway, finder):
+        assert equal(weights, expected)
+
+
 def test_two_nodes_resume_where_only_one_has_checkpoints(
     midway, straight, agent, tmp_path
 ):
