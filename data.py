@@ -119,8 +119,16 @@ def download(data_dir: Path) -> str | None:
             from torchvision import datasets
 
             kind = getattr(datasets, DATASET)
-            kind.mirrors = [*kind.mirrors, EXTRA_MIRROR]
-            kind(fresh, download=True)
+            for mirror in [*kind.mirrors, EXTRA_MIRROR]:
+                kind.mirrors = [mirror]  # given all, torchvision ends at one that hangs
+                try:
+                    kind(fresh, download=True)
+                    break
+                except (OSError, RuntimeError) as error:
+                    failures[:] = [last_line(error)]
+            else:
+                return
+            failures.clear()
             read_digits(fresh / DATASET / "raw")
             raw.mkdir(parents=True, exist_ok=True)
             for name in SHA256:
@@ -147,7 +155,7 @@ def download(data_dir: Path) -> str | None:
 
 
 def folder_size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*"))
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def derive_seed(*parts: int | str) -> int:
