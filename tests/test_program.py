@@ -498,10 +498,12 @@ def test_the_process_group(monkeypatch, two_gpus, gpu, machines):
     env |= {"GLOO_SOCKET_IFNAME": "eth7", "NCCL_SOCKET_IFNAME": "eth7"}
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    with utils.process_group(None) as device:
+    store = object()
+    with utils.process_group(store) as device:
         [(args, kw)] = calls
         assert device == torch.device("cuda:1" if gpu else "cpu")
         assert args == ("nccl" if gpu else "gloo",)
+        assert kw["store"] is store
         assert (kw["rank"], kw["world_size"]) == (1, 2 * machines)
         assert kw["device_id"] == (device if gpu else None)
         for name in "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME":
