@@ -141,11 +141,9 @@ def work(rank: int, args: argparse.Namespace, store_path: str | None) -> None:
         speakers = 0, 1  # as rank 0 may be the one that is lost
     if rank in speakers:
         print(f"error: {message}", file=sys.stderr, flush=True)
-    if args.world_size > 1:
-        os._exit(
-            1
-        )  # sys.exit would free a broken gloo group, which can abort the process
-    sys.exit(1)
+    if args.world_size == 1:
+        sys.exit(1)
+    os._exit(1)  # without freeing the broken group, in which gloo can abort
 
 
 def train(args: argparse.Namespace, device: torch.device) -> int:
