@@ -9,6 +9,7 @@ import socket
 import sys
 import tempfile
 import time
+import uuid
 import zipfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -100,6 +101,29 @@ def is_lost_rank(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(t in str(error) for t in traces)
 
 
+def fresh_store(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """Agree on a part of torchrun's store that no earlier attempt has written to.
+
+    torchrun keeps one store over all restarts, and gloo would read the addresses of dead ranks.
+    Rank 0 chooses a name; the others ask for it with a question that is new each time.
+    """
+    name = uuid.uuid4().hex
+    if rank:
+        store.set(f"question{rank}", name)
+        name = store.get(f"answer to {name}").decode()
+        store.add(f"{name} known", 1)
+    end = time.monotonic() + COLLECTIVE_TIMEOUT.total_seconds()
+    while rank == 0 and store.add(f"{name} known", 0) < world_size - 1:
+        if time.monotonic() > end:
+            raise dist.DistStoreError("not all ranks have come to the store")
+        for other in range(1, world_size):
+            if store.check([f"question{other}"]):
+                question = store.get(f"question{other}").decode()
+                store.set(f"answer to {question}", name)
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
+
+
 @contextlib.contextmanager
 def process_group(store: dist.Store | None) -> Iterator[torch.device]:
     """Join the process group that torchrun's variables describe; at the end, leave it.
@@ -115,6 +139,9 @@ def process_group(store: dist.Store | None) -> Iterator[torch.device]:
         # where that name does not resolve. A single machine needs no more than loopback.
         loopback = next(name for _, name in socket.if_nameindex() if name[:2] == "lo")
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = loopback
+    if store is None:
+        store, _, _ = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+        store = fresh_store(store, rank, world_size)
     dist.init_process_group(
         backend,
         store=store,
