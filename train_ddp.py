@@ -310,7 +310,7 @@ def train_step(
         logits, labels, reduction="sum", label_smoothing=LABEL_SMOOTHING
     )
     # All ranks must stop at one step, or those that go on wait for ever. The vote travels
-    # with the loss while backward computes, so it takes no time of its own.
+    # with the loss, while backward computes.
     status = torch.stack([loss.detach(), loss.new_tensor(float(stop))])
     arrival = dist.all_reduce(status, async_op=True)
     # DDP averages over ranks; so scaled, that is the mean over images, in a short batch too.
