@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.data import BatchSampler, DistributedSampler
+from torch.utils.data import DistributedSampler
 
 from utils import UserError, last_line, warn
 
@@ -185,23 +185,30 @@ def batches(
     )
     sampler.set_epoch(epoch)  # or each epoch would repeat the order of the first
     skip, share = first // world_size, (total - start) // world_size
-    mine = islice(
-        sampler, skip, skip + share
-    )  # ends before DistributedSampler's duplicates
+    # islice ends before DistributedSampler's duplicates.
+    mine = torch.tensor(list(islice(sampler, skip, skip + share)), dtype=torch.int64)
     generator = torch.Generator().manual_seed(derive_seed("shift", seed, epoch))
     offsets = torch.randint(2 * MAX_SHIFT + 1, (total, 2), generator=generator)
-    for batch in BatchSampler(mine, batch_size, drop_last=False):
-        images = shift(digits.images[batch], offsets[batch].to(digits.images.device))
+    mine, offsets = mine.to(digits.labels.device), offsets.to(digits.labels.device)
+    for begin in range(0, share, batch_size):
+        batch = mine[begin : begin + batch_size]
+        # index_select copies whole images, where images[batch] would go pixel by pixel.
+        images = shift(digits.images.index_select(0, batch), offsets[batch])
         yield images, digits.labels[batch], world_size * len(batch)
 
 
 def shift(images: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Move each image by its own offset: crop the zero-padded batch, all in one indexing.
+    """Move each image by its own offset: crop the zero-padded batch, all in one copy.
 
-    Takes images uint8 [B, 28, 28] and offsets int64 [B, 2] from 0 to 2 * MAX_SHIFT, down and
-    across; MAX_SHIFT moves nothing.
+    Takes images uint8 [B, height, width] and offsets int64 [B, 2] from 0 to 2 * MAX_SHIFT, down
+    and across; MAX_SHIFT moves nothing.
     """
-    padded = F.pad(images, [MAX_SHIFT] * 4)
-    crops = padded.unfold(1, images.shape[1], 1).unfold(2, images.shape[2], 1)  # a view
-    row = torch.arange(len(images), device=images.device)
-    return crops[row, offsets[:, 0], offsets[:, 1]]
+    count, height, width = images.shape
+    # With its rows one after another, a crop is one run of `height` padded rows, to be copied
+    # whole. The row too many at the end lets the lowest, rightmost run fit.
+    padded = F.pad(images, [MAX_SHIFT, MAX_SHIFT, MAX_SHIFT, MAX_SHIFT + 1])
+    per_image, per_row, _ = padded.stride()
+    runs = padded.view(-1).unfold(0, height * per_row, 1)  # one from each pixel; a view
+    begins = torch.arange(count, device=images.device) * per_image
+    begins += offsets[:, 0] * per_row + offsets[:, 1]
+    return runs.index_select(0, begins).view(count, height, per_row)[:, :, :width]

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 MUON_RATE = 2.0  # Muon's learning rate, as a multiple of AdamW's
+PIXEL_MEAN, PIXEL_STD = 33.3, 78.6  # of MNIST's training images, 0 to 255
 
 
 class ConvNet(nn.Module):
@@ -18,10 +19,10 @@ class ConvNet(nn.Module):
         self.layers = nn.Sequential(
             nn.Conv2d(1, 16, kernel_size=5, stride=2),  # 28x28 -> 12x12
             nn.ReLU(),
-            nn.Conv2d(16, 48, kernel_size=3),  # 12x12 -> 10x10
+            nn.Conv2d(16, 32, kernel_size=3),  # 12x12 -> 10x10
             nn.MaxPool2d(2),  # 10x10 -> 5x5
             nn.ReLU(),
-            nn.Conv2d(48, 128, kernel_size=3),  # 5x5 -> 3x3
+            nn.Conv2d(32, 128, kernel_size=3),  # 5x5 -> 3x3
             nn.ReLU(),
             nn.Flatten(),
             nn.Linear(128 * 3 * 3, 10),
@@ -30,10 +31,10 @@ class ConvNet(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map raw pixels, uint8 [B, 28, 28], to logits, float32 [B, 10].
 
-        Scaling the pixels in here means that training, evaluation and your own digits cannot
-        disagree about it.
+        Normalising the pixels in here means that training, evaluation and your own digits
+        cannot disagree about it.
         """
-        return self.layers(images.unsqueeze(1).float() / 255)
+        return self.layers((images.unsqueeze(1).float() - PIXEL_MEAN) / PIXEL_STD)
 
 
 def create_model(seed: int) -> ConvNet:
@@ -43,9 +44,9 @@ def create_model(seed: int) -> ConvNet:
     return ConvNet().to(memory_format=torch.channels_last)
 
 
-def kernels(model: nn.Module) -> list[nn.Parameter]:
-    """List the weights of the convolutions, [out, in, height, width]."""
-    return [weight for weight in model.parameters() if weight.ndim == 4]
+def hidden_kernels(model: nn.Module) -> list[nn.Parameter]:
+    """List the weights [out, in, height, width] of all convolutions after the first."""
+    return [weight for weight in model.parameters() if weight.ndim == 4][1:]
 
 
 def as_matrix(kernel: torch.Tensor) -> torch.Tensor:
@@ -54,11 +55,18 @@ def as_matrix(kernel: torch.Tensor) -> torch.Tensor:
 
 
 def create_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Create Muon for the kernels, which it takes as matrices, and AdamW for all the rest."""
-    matrices = [as_matrix(kernel.detach()) for kernel in kernels(model)]
-    others = [weight for weight in model.parameters() if weight.ndim != 4]
-    muon = torch.optim.Muon(matrices, weight_decay=0.1, momentum=0.9)
-    return [muon, torch.optim.AdamW(others, betas=(0.8, 0.95), fused=True)]
+    """Create Muon for the hidden kernels, which it takes as matrices, and AdamW for the rest.
+
+    First and last layer go to AdamW, as Muon's author advises (github.com/KellerJordan/Muon).
+    """
+    kernels = hidden_kernels(model)
+    matrices = [as_matrix(kernel.detach()) for kernel in kernels]
+    # Three Newton-Schulz iterations train this network as well as the usual five.
+    muon = torch.optim.Muon(matrices, weight_decay=0.1, momentum=0.9, ns_steps=3)
+    rest = [
+        weight for weight in model.parameters() if all(weight is not k for k in kernels)
+    ]
+    return [muon, torch.optim.AdamW(rest, betas=(0.8, 0.95), fused=True)]
 
 
 def optimizer_step(
@@ -67,7 +75,7 @@ def optimizer_step(
     """Step with AdamW at the rate `lr` and Muon at MUON_RATE times that; clear gradients."""
     muon, adamw = (optimizer.param_groups[0] for optimizer in optimizers)
     muon["lr"], adamw["lr"] = MUON_RATE * lr, lr
-    for matrix, kernel in zip(muon["params"], kernels(model)):
+    for matrix, kernel in zip(muon["params"], hidden_kernels(model)):
         matrix.grad = as_matrix(kernel.grad)
     for optimizer in optimizers:
         optimizer.step()

@@ -47,6 +47,9 @@ BASE_LR = 0.01  # the peak learning rate for a global batch of BASE_BATCH images
 BASE_BATCH = 128
 WARM_UP = 0.2  # the part of training in which the rate rises; then it falls to 0
 LABEL_SMOOTHING = 0.1
+MEET_EVERY = (
+    10  # steps after which the ranks sum their losses and ask who wants to stop
+)
 
 
 @dataclass
@@ -261,6 +264,9 @@ def train_epoch(run: Run, stop: StopRequest) -> bool:
     started = time.perf_counter() - progress.seconds
     interval = 0.2 if sys.stdout.isatty() else 10.0
     next_line = time.perf_counter() + interval
+    # This rank's loss since the ranks last met, and its vote to stop. In float64 a sum of
+    # float32 losses is exact: how they are grouped, and so an interruption, leaves no trace.
+    mine = torch.zeros(2, dtype=torch.float64, device=run.data.train.labels.device)
     for images, labels, count in batches(
         run.data.train, args.batch_size, args.seed, progress.epoch, progress.images
     ):
@@ -269,9 +275,21 @@ def train_epoch(run: Run, stop: StopRequest) -> bool:
         # training goes on as a run of that length would from here.
         part = seen / (args.epochs * total)
         lr = args.lr * min(part / WARM_UP, (1 - part) / (1 - WARM_UP))
-        loss_sum, votes = train_step(run, images, labels, count, lr, bool(stop.signum))
+        mine[0] += train_step(run, images, labels, count, lr)
         progress.images += count
         progress.step += 1
+        saving = args.save_every and progress.step % args.save_every == 0
+        last = total - progress.images < args.world_size
+        if not (saving or last or progress.step % MEET_EVERY == 0):
+            continue
+        # All ranks must stop after the same step, or those that go on wait for ever.
+        mine[1] = bool(stop.signum)
+        dist.all_reduce(mine)
+        loss_sum, votes = mine.tolist()
+        mine.zero_()
+        if not math.isfinite(loss_sum):
+            where = f"by step {progress.step}"
+            raise UserError(f"the loss is {loss_sum} {where}: rerun with a lower --lr")
         progress.loss_sum += loss_sum
         now = time.perf_counter()
         progress.seconds = now - started
@@ -281,11 +299,12 @@ def train_epoch(run: Run, stop: StopRequest) -> bool:
             left = ((args.epochs - progress.epoch) * total - progress.images) / rate
             say(
                 f"epoch {progress.epoch + 1}/{args.epochs}  step {progress.step}  "
-                f"{progress.images:,}/{total:,} images  loss {loss_sum / count:.4f}  "
+                f"{progress.images:,}/{total:,} images  "
+                f"loss {progress.loss_sum / progress.images:.4f}  "
                 f"{rate:,.0f} images/s  {left:.0f} s left",
                 passing=True,
             )
-        if votes or (args.save_every and progress.step % args.save_every == 0):
+        if votes or saving:
             path = save(run)
         if votes:
             say(f"stopped; {path} has all progress: rerun the same command to go on")
@@ -294,34 +313,21 @@ def train_epoch(run: Run, stop: StopRequest) -> bool:
 
 
 def train_step(
-    run: Run,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    count: int,
-    lr: float,
-    stop: bool,
-) -> tuple[float, int]:
+    run: Run, images: torch.Tensor, labels: torch.Tensor, count: int, lr: float
+) -> torch.Tensor:
     """Take an optimizer step on the mean gradient over the `count` images of all ranks.
 
-    Returns their summed loss and how many ranks want to stop, both equal on all ranks.
+    Returns the summed loss of this rank's images, float32 [], still on the device: to read it
+    here, as loss.item() does, would make the CPU wait for the GPU in every step.
     """
     logits = run.model(images)
     loss = F.cross_entropy(
         logits, labels, reduction="sum", label_smoothing=LABEL_SMOOTHING
     )
-    # All ranks must stop at one step, or those that go on wait for ever. The vote travels
-    # with the loss, while backward computes.
-    status = torch.stack([loss.detach(), loss.new_tensor(float(stop))])
-    arrival = dist.all_reduce(status, async_op=True)
     # DDP averages over ranks; so scaled, that is the mean over images, in a short batch too.
     (loss * dist.get_world_size() / count).backward()
-    arrival.wait()
-    loss_sum, stop_votes = status.tolist()
-    if not math.isfinite(loss_sum):
-        where = f"in step {run.progress.step + 1}"
-        raise UserError(f"the loss is {loss_sum} {where}: rerun with a lower --lr")
     optimizer_step(run.model.module, run.optimizers, lr)
-    return loss_sum, int(stop_votes)
+    return loss.detach()
 
 
 def finish_epoch(run: Run) -> Path:

@@ -23,6 +23,7 @@ import torch.multiprocessing as mp
 # How long a rank waits in a collective for the others. With torch's default of half an hour,
 # one frozen process holds the whole job that long. During set-up, a download may take a while.
 COLLECTIVE_TIMEOUT, SETUP_TIMEOUT = timedelta(seconds=60), timedelta(minutes=10)
+STOPPED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit codes, as of a shell
 REPEAT_SECONDS = 1.0  # one Ctrl-C can arrive twice: from terminal and launcher
 
 
@@ -79,19 +80,14 @@ def launch(worker: Callable[..., None], args: Any, world_size: int) -> None:
             while not context.join(grace_period=3):
                 pass
         except mp.ProcessExitedException as error:
-            code, rank = error.exit_code, error.error_index
-            how = (
-                f"was killed by {error.signal_name}"
-                if code < 0
-                else f"exits with {code}"
-            )
-            # 1 is for an error that is on the screen already, the others for being stopped.
-            if not signals and code not in (
-                1,
-                128 + signal.SIGINT,
-                128 + signal.SIGTERM,
-            ):
-                print(f"error: rank {rank} {how}; rerun to resume", file=sys.stderr)
+            code, killer = error.exit_code, error.signal_name
+            # 1 is for an error that is on the screen already; these two, for being stopped.
+            if not signals and code not in (1, *STOPPED):
+                how = f"was killed by {killer}" if killer else f"exits with {code}"
+                print(
+                    f"error: rank {error.error_index} {how}; rerun to resume",
+                    file=sys.stderr,
+                )
             sys.exit(code if code > 0 else 128 - code)
 
 
@@ -134,6 +130,10 @@ def process_group(store: dist.Store | None) -> Iterator[torch.device]:
     local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
     set_threads(local_world_size)
     backend, device = choose_device(int(os.environ["LOCAL_RANK"]))
+    if backend == "gloo" and hasattr(os, "SCHED_BATCH"):
+        # Or Linux lets gloo's receiver push its sender off the core while that holds a lock,
+        # for which the receiver then spins until the next tick: up to 4 ms per all-reduce.
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     if world_size == local_world_size:
         # gloo would listen at the address of the hostname: open to the network, and an error
         # where that name does not resolve. A single machine needs no more than loopback.
@@ -161,9 +161,8 @@ def choose_device(local_rank: int) -> tuple[str, torch.device]:
     if not torch.cuda.is_available():
         return "gloo", torch.device("cpu")
     torch.cuda.set_device(local_rank)  # or every rank would allocate on GPU 0
-    torch.backends.cudnn.deterministic = (
-        True  # the fastest algorithm differs between runs
-    )
+    # The fastest algorithm is not the same in every run, and would not give the same bits.
+    torch.backends.cudnn.deterministic = True
     return "nccl", torch.device("cuda", local_rank)
 
 

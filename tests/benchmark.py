@@ -26,56 +26,90 @@ SCRIPT = str(ROOT / "train_ddp.py")
 BATCH = 64
 
 
-def child(arm: str, data_dir: Path, **env: str) -> subprocess.Popen:
-    """Start one arm of the benchmark; it prints "ready", waits for a line, works."""
-    return subprocess.Popen(
-        [sys.executable, __file__, "--data_dir", str(data_dir), "--arm", arm],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | env,
-    )
+def child(arm: str, data_dir: Path) -> list[str]:
+    """The command that runs one arm of the benchmark in a process of its own."""
+    return [sys.executable, __file__, "--data_dir", str(data_dir), "--arm", arm]
 
 
-def finish(children: list[subprocess.Popen]) -> list[dict]:
-    """Let the children go at the same moment, and read what each has measured."""
-    for one in children:
-        if one.stdout.readline().strip() != "ready":
-            raise RuntimeError("a benchmark process failed")
-    for one in children:
-        one.stdin.write("go\n")
-        one.stdin.flush()
-    return [json.loads(one.communicate()[0].splitlines()[-1]) for one in children]
+def finish(command: list[str]) -> dict:
+    """Run such a command; return what it has measured, its last line."""
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(output.stdout.splitlines()[-1])
 
 
-def bare(data_dir: Path, seconds: float = 6.0) -> dict:
-    """Repeat forward, backward and optimizer step on one resident batch, nothing else."""
+def layout(data_dir: Path, world_size: int, blocks: int = 6, steps: int = 100) -> dict:
+    """Alternate the trainer's loop with bare steps on the same ranks; return their rates."""
+    from torch import multiprocessing
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (world_size, data_dir, folder, blocks, steps)
+        multiprocessing.spawn(alternate, arguments, world_size)
+        return json.loads(Path(folder, "result").read_text())
+
+
+def alternate(
+    rank: int, world_size: int, data_dir: Path, folder: str, blocks: int, steps: int
+) -> None:
+    """As one rank: time blocks of whole training, and of steps that nobody else takes part in."""
+    import torch.distributed as dist
     import torch.nn.functional as F
 
-    from data import load_mnist
+    import train_ddp
+    import utils
+    from data import Dataset, Digits, load_mnist
     from model import create_model, create_optimizers, optimizer_step
-    from train_ddp import BASE_LR, LABEL_SMOOTHING
 
-    train = load_mnist(data_dir).train
-    images, labels = train.images[:BATCH].clone(), train.labels[:BATCH].clone()
-    model = create_model(0)
-    optimizers = create_optimizers(model)
+    size = str(world_size)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    store = dist.FileStore(f"{folder}/store", world_size)
+    with utils.process_group(store) as device:
+        name, train, test = load_mnist(data_dir)
+        part = Digits(*(t[: world_size * BATCH * steps] for t in train))
+        args = argparse.Namespace(seed=0, batch_size=BATCH, world_size=world_size)
+        args.epochs, args.lr, args.save_every = 1, train_ddp.BASE_LR, None
+        run = train_ddp.create_run(args, Dataset(name, part, test), device)
+        images, labels = train.images[:BATCH].clone(), train.labels[:BATCH].clone()
+        model = create_model(0)
+        optimizers = create_optimizers(model)
+        nobody = argparse.Namespace(signum=0)
 
-    def step() -> None:
-        loss = F.cross_entropy(
-            model(images), labels, label_smoothing=LABEL_SMOOTHING, reduction="sum"
-        )
-        (loss / BATCH).backward()
-        optimizer_step(model, optimizers, BASE_LR / 100)
+        def loop() -> None:
+            run.progress = train_ddp.Progress()
+            train_ddp.train_epoch(run, nobody)
 
-    for _ in range(20):
-        step()
-    wait_for_go()
-    start, steps = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        step()
-        steps += 1
-    return {"images_per_second": BATCH * steps / (time.perf_counter() - start)}
+        def bare() -> None:
+            for _ in range(steps):
+                smoothing = train_ddp.LABEL_SMOOTHING
+                loss = F.cross_entropy(
+                    model(images), labels, label_smoothing=smoothing, reduction="sum"
+                )
+                (loss / BATCH).backward()
+                optimizer_step(model, optimizers, train_ddp.BASE_LR / 100)
+
+        rates = []
+        for _ in range(blocks + 1):
+            rates.append([])
+            for work in loop, bare:
+                dist.barrier()
+                start = time.perf_counter()
+                work()
+                rates[-1].append(BATCH * steps / (time.perf_counter() - start))
+        sums = [[sum(r) for r in zip(*ranks)] for ranks in zip(*everyone(rates))]
+        loops, bares = zip(*sums[1:])  # the first block warms up
+        ratio = statistics.median(a / b for a, b in zip(loops, bares))
+        result = {"loop": statistics.median(loops), "bare": statistics.median(bares)}
+        if rank == 0:
+            Path(folder, "result").write_text(json.dumps(result | {"ratio": ratio}))
+
+
+def everyone(item: object) -> list:
+    """Return the `item` of every rank."""
+    import torch.distributed as dist
+
+    items = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
 
 
 def usual(data_dir: Path, steps: int = 150) -> dict:
@@ -101,7 +135,6 @@ def usual(data_dir: Path, steps: int = 150) -> dict:
     torch.set_num_threads(2)
     model = create_model(0)
     optimizers = create_optimizers(model)
-    wait_for_go()
     done, start = -10, 0.0
     for images, labels in loader:
         if done == 0:
@@ -142,7 +175,6 @@ def fast(data_dir: Path) -> dict:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, 0.01, total_steps=steps, cycle_momentum=False
     )
-    wait_for_go()
     start = time.perf_counter()
     for x, y in zip(images.split(256), labels.split(256)):
         optimizer.zero_grad()
@@ -153,11 +185,6 @@ def fast(data_dir: Path) -> dict:
     with torch.no_grad():
         correct = (model(test_images).argmax(1) == test_labels).float().mean()
     return {"seconds": seconds, "accuracy": float(correct)}
-
-
-def wait_for_go() -> None:
-    print("ready", flush=True)
-    sys.stdin.readline()
 
 
 def trainer(data_dir: Path, world_size: int, seed: int) -> dict:
@@ -189,27 +216,20 @@ def imports(code: str) -> float:
 
 
 def one_round(data_dir: Path, seed: int) -> dict[str, float]:
-    one, two = trainer(data_dir, 1, seed), trainer(data_dir, 2, seed)
-    alone = finish([child("bare", data_dir, OMP_NUM_THREADS="2")])[0]
-    pair = finish([child("bare", data_dir, OMP_NUM_THREADS="1") for _ in range(2)])
-    common = finish([child("usual", data_dir)])[0]
-    record = finish([child("fast", data_dir)])[0]
+    alone, pair = layout(data_dir, 1), layout(data_dir, 2)
+    two, record = trainer(data_dir, 2, seed), finish(child("fast", data_dir))
+    one, common = trainer(data_dir, 1, seed), finish(child("usual", data_dir))
     torch_import = imports("import torch")
-    dynamo_import = imports("import torch, torch._dynamo")
-    limit = sum(process["images_per_second"] for process in pair)
     return {
-        "1 process: trainer, images/s": one["images_per_second"],
-        "1 process: bare steps, images/s": alone["images_per_second"],
-        "1 process: trainer / bare steps": one["images_per_second"]
-        / alone["images_per_second"],
-        "2 ranks: trainer, images/s": two["images_per_second"],
-        "2 ranks: two independent bare processes, images/s": limit,
-        "2 ranks: trainer / independent pair": two["images_per_second"] / limit,
+        "1 process: trainer's loop, images/s": alone["loop"],
+        "1 process: bare steps, images/s": alone["bare"],
+        "1 process: loop / bare steps": alone["ratio"],
+        "2 ranks: trainer's loop, images/s": pair["loop"],
+        "2 ranks: bare steps, each for itself, images/s": pair["bare"],
+        "2 ranks: loop / bare steps": pair["ratio"],
         "usual pipeline (transforms, DataLoader), images/s": common[
             "images_per_second"
         ],
-        "2 ranks: trainer / usual pipeline": two["images_per_second"]
-        / common["images_per_second"],
         "2 ranks: one epoch of training, s": two["seconds"],
         "2 ranks: test accuracy after it, %": 100 * two["test_accuracy"],
         "train_mnist_fast recipe, one epoch, s": record["seconds"],
@@ -217,9 +237,7 @@ def one_round(data_dir: Path, seed: int) -> dict[str, float]:
         "2 ranks: trainer / train_mnist_fast, time": two["seconds"] / record["seconds"],
         "1 process: command to first step, s": one["startup"],
         "import torch, s": torch_import,
-        "import torch and torch._dynamo (DDP does), s": dynamo_import,
         "1 process: start-up / import torch": one["startup"] / torch_import,
-        "1 process: start-up / with torch._dynamo": one["startup"] / dynamo_import,
         "1 process: rerun of a finished training, s": one["rerun"],
         "2 ranks: rerun of a finished training, s": two["rerun"],
         "2 ranks: peak memory of a rank, MB": two["mb"],
@@ -238,7 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--arm", choices=["bare", "usual", "fast"])
+    parser.add_argument("--arm", choices=["usual", "fast"])
     args = parser.parse_args()
     if args.arm:
         print(json.dumps(globals()[args.arm](args.data_dir)), flush=True)

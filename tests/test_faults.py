@@ -558,11 +558,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_never_reaches_a_checkpoint(
     tmp_path,
 ):
     """A rerun stops as clearly, instead of training on from nan."""
-    for _ in range(2):
-        wild = "--lr", 1e6, "--epochs", 3, "--save_every", 1, "--keep", 500
-        result = run(command(*wild), tmp_path)
+    for often in ("--save_every", 1), (), ("--save_every", 1):
+        wild = "--lr", 1e6, "--epochs", 3, "--keep", 500, "--world_size", 2
+        result = run(command(*wild, *often), tmp_path)
         assert result.returncode == 1, result.stdout
-        assert "--lr" in error_line(result.stderr)
+        assert "lower --lr" in error_line(result.stderr)
         for path in checkpoints(tmp_path / "checkpoints"):
             state = torch.load(path, weights_only=True)
             for name, weight in state["model"].items():
