@@ -19,10 +19,10 @@ class ConvNet(nn.Module):
         self.layers = nn.Sequential(
             nn.Conv2d(1, 16, kernel_size=5, stride=2),  # 28x28 -> 12x12
             nn.ReLU(),
-            nn.Conv2d(16, 32, kernel_size=3),  # 12x12 -> 10x10
+            nn.Conv2d(16, 48, kernel_size=3),  # 12x12 -> 10x10
             nn.MaxPool2d(2),  # 10x10 -> 5x5
             nn.ReLU(),
-            nn.Conv2d(32, 128, kernel_size=3),  # 5x5 -> 3x3
+            nn.Conv2d(48, 128, kernel_size=3),  # 5x5 -> 3x3
             nn.ReLU(),
             nn.Flatten(),
             nn.Linear(128 * 3 * 3, 10),
