@@ -37,7 +37,7 @@ def finish(command: list[str]) -> dict:
     return json.loads(output.stdout.splitlines()[-1])
 
 
-def layout(data_dir: Path, world_size: int, blocks: int = 6, steps: int = 100) -> dict:
+def layout(data_dir: Path, world_size: int, blocks: int = 15, steps: int = 40) -> dict:
     """Alternate the trainer's loop with bare steps on the same ranks; return their rates."""
     from torch import multiprocessing
 
@@ -95,21 +95,15 @@ def alternate(
                 start = time.perf_counter()
                 work()
                 rates[-1].append(BATCH * steps / (time.perf_counter() - start))
-        sums = [[sum(r) for r in zip(*ranks)] for ranks in zip(*everyone(rates))]
+        sums = [
+            [sum(r) for r in zip(*ranks)]
+            for ranks in zip(*utils.gather(rates, dist.group.WORLD))
+        ]
         loops, bares = zip(*sums[1:])  # the first block warms up
         ratio = statistics.median(a / b for a, b in zip(loops, bares))
         result = {"loop": statistics.median(loops), "bare": statistics.median(bares)}
         if rank == 0:
             Path(folder, "result").write_text(json.dumps(result | {"ratio": ratio}))
-
-
-def everyone(item: object) -> list:
-    """Return the `item` of every rank."""
-    import torch.distributed as dist
-
-    items = [None] * dist.get_world_size()
-    dist.all_gather_object(items, item)
-    return items
 
 
 def usual(data_dir: Path, steps: int = 150) -> dict:
@@ -119,11 +113,12 @@ def usual(data_dir: Path, steps: int = 150) -> dict:
     from torch.utils.data import DataLoader
     from torchvision import datasets, transforms
 
+    from data import MAX_SHIFT
     from model import create_model, create_optimizers, optimizer_step
     from train_ddp import BASE_LR, LABEL_SMOOTHING
 
     augment = transforms.Compose(
-        [transforms.RandomCrop(28, padding=2), transforms.PILToTensor()]
+        [transforms.RandomCrop(28, padding=MAX_SHIFT), transforms.PILToTensor()]
     )
     loader = DataLoader(
         datasets.MNIST(data_dir, transform=augment),

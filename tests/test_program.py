@@ -482,7 +482,8 @@ def test_without_a_gpu_gloo_and_the_cpu_are_used(monkeypatch):
 @pytest.mark.parametrize("gpu", [False, True])
 def test_the_process_group(monkeypatch, two_gpus, gpu, machines):
     """On one machine it keeps to loopback; on more, the user's choice of interface stays."""
-    calls = []
+    calls, policies = [], []
+    monkeypatch.setattr(os, "sched_setscheduler", lambda *a: policies.append(a[1]))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
@@ -510,6 +511,21 @@ def test_the_process_group(monkeypatch, two_gpus, gpu, machines):
             expected = "lo" if machines == 1 else "eth"
             assert os.environ[name].startswith(expected)
     assert calls[1:] == ["destroyed"]
+    assert policies == ([] if gpu else [os.SCHED_BATCH])
+
+
+def policies() -> dict[str, int]:
+    """The scheduling policy of each thread of this process, by name."""
+    tasks = Path("/proc/self/task").iterdir()
+    return {(t / "comm").read_text(): os.sched_getscheduler(int(t.name)) for t in tasks}
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="only Linux has it")
+def test_the_threads_of_gloo_are_scheduled_as_batch_jobs():
+    """Or they preempt and spin for each other: an all-reduce takes three times as long."""
+    for rank in in_ranks(2, policies):
+        gloo = {name: policy for name, policy in rank.items() if "gloo" in name}
+        assert gloo and set(gloo.values()) == {os.SCHED_BATCH}, rank
 
 
 class Movable:
