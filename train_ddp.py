@@ -295,21 +295,27 @@ def train_epoch(run: Run, stop: StopRequest) -> bool:
         progress.seconds = now - started
         if now > next_line:
             next_line = now + interval
-            rate = progress.images / progress.seconds
-            left = ((args.epochs - progress.epoch) * total - progress.images) / rate
-            say(
-                f"epoch {progress.epoch + 1}/{args.epochs}  step {progress.step}  "
-                f"{progress.images:,}/{total:,} images  "
-                f"loss {progress.loss_sum / progress.images:.4f}  "
-                f"{rate:,.0f} images/s  {left:.0f} s left",
-                passing=True,
-            )
+            show_progress(run)
         if votes or saving:
             path = save(run)
         if votes:
             say(f"stopped; {path} has all progress: rerun the same command to go on")
             return False
     return True
+
+
+def show_progress(run: Run) -> None:
+    """Print how far the epoch is, its mean loss so far, the speed and the time left."""
+    progress, total = run.progress, len(run.data.train.labels)
+    rate = progress.images / progress.seconds
+    left = ((run.args.epochs - progress.epoch) * total - progress.images) / rate
+    say(
+        f"epoch {progress.epoch + 1}/{run.args.epochs}  step {progress.step}  "
+        f"{progress.images:,}/{total:,} images  "
+        f"loss {progress.loss_sum / progress.images:.4f}  "
+        f"{rate:,.0f} images/s  {left:.0f} s left",
+        passing=True,
+    )
 
 
 def train_step(

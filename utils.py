@@ -133,7 +133,9 @@ def process_group(store: dist.Store | None) -> Iterator[torch.device]:
     if backend == "gloo" and hasattr(os, "SCHED_BATCH"):
         # Or Linux lets gloo's receiver push its sender off the core while that holds a lock,
         # for which the receiver then spins until the next tick: up to 4 ms per all-reduce.
-        with contextlib.suppress(OSError):  # some sandboxes forbid it; then it is slower
+        with contextlib.suppress(
+            OSError
+        ):  # some sandboxes forbid it; then it is slower
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     if world_size == local_world_size:
         # gloo would listen at the address of the hostname: open to the network, and an error
