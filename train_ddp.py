@@ -1,7 +1,8 @@
 """Train a small CNN on MNIST with DistributedDataParallel; rerun the command to resume.
 
-torchrun --nproc_per_node=2 train_ddp.py --epochs 3 --batch_size 64
-python train_ddp.py --world_size 2
+examples:
+  torchrun --nproc_per_node=2 train_ddp.py --epochs 3 --batch_size 64
+  python train_ddp.py --world_size 2
 """
 
 import ctypes
@@ -10,10 +11,8 @@ import os
 import signal
 import sys
 
-if __name__ in (
-    "__main__",
-    "__mp_main__",
-):  # as a script, or as a worker that it spawned
+# As a script, or as a worker that it spawned; not when imported.
+if __name__ in ("__main__", "__mp_main__"):
     # Until training starts, Ctrl-C ends the process at once: Python's own handler would print
     # a traceback for each rank, from the middle of some import.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -31,7 +30,7 @@ import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -47,9 +46,8 @@ BASE_LR = 0.01  # the peak learning rate for a global batch of BASE_BATCH images
 BASE_BATCH = 128
 WARM_UP = 0.2  # the part of training in which the rate rises; then it falls to 0
 LABEL_SMOOTHING = 0.1
-MEET_EVERY = (
-    10  # steps after which the ranks sum their losses and ask who wants to stop
-)
+PICTURE = "mistakes.png"
+MEET_EVERY = 10  # steps after which ranks sum their losses and ask who wants to stop
 
 
 @dataclass
@@ -76,33 +74,50 @@ class Run:
     progress: Progress
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        """Exit with code 2 and one line; under torchrun, from rank 0 alone."""
-        line = f"error: {message} (--help lists the flags)\n"
-        self.exit(2, line if os.environ.get("RANK", "0") == "0" else None)
+def refuse(message: str) -> NoReturn:
+    """Exit with code 2 and one line; under torchrun, from rank 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message} (--help lists the flags)", file=sys.stderr)
+    sys.exit(2)
+
+
+def folder_name(text: str) -> Path:
+    """Refuse an empty name, as of an unset shell variable: it would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name of a folder is empty")
+    return Path(text)
 
 
 def parse_args() -> argparse.Namespace:
     """Read the flags; wrong ones end the program here, before a worker or file is touched."""
     style = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=style, allow_abbrev=False
+    )
+    parser.error = refuse  # its own would print the usage too, from every rank
     add = parser.add_argument
-    add("--epochs", type=int, default=3, help="passes over the data (3)")
-    add("--batch_size", type=int, default=64, help="images per process and step (64)")
-    add("--world_size", type=int, help="processes to spawn (one per GPU, or 1)")
+    number = {"type": int, "metavar": "N"}
+    place = {"type": folder_name, "metavar": "DIR"}
+    add("--epochs", **number, default=3, help="passes over the data (3)")
+    add("--batch_size", **number, default=64, help="images per process and step (64)")
+    add("--world_size", **number, help="processes to spawn (one per GPU, or 1)")
     rule = f"{BASE_LR} * sqrt(batch_size * world_size / {BASE_BATCH})"
-    add("--lr", type=float, help=f"peak learning rate ({rule})")
-    add("--seed", type=int, default=0, help="of weights, order and shifts (0)")
-    add("--data_dir", type=Path, default="data", help="where MNIST is kept (./data)")
-    add("--checkpoint_dir", type=Path, default="checkpoints", help="(./checkpoints)")
-    add("--save_every", type=int, help="save every N steps too (only after epochs)")
-    add("--keep", type=int, default=3, help="newest checkpoints to keep (3)")
+    add("--lr", type=float, metavar="X", help=f"peak learning rate ({rule})")
+    add("--seed", **number, default=0, help="of weights, order and shifts (0)")
+    add("--data_dir", **place, default="data", help="of MNIST (./data)")
+    kept = "of what is learned (./checkpoints)"
+    add("--checkpoint_dir", **place, default="checkpoints", help=kept)
+    add("--save_every", **number, help="save every N steps too (only after epochs)")
+    add("--keep", **number, default=3, help="newest checkpoints to keep (3)")
     args = parser.parse_args()
     for name in "epochs", "batch_size", "world_size", "lr", "save_every", "keep":
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
-            parser.error(f"--{name} must be a positive number, not {value}")
+            refuse(f"--{name} must be a positive number, not {value}")
+    if args.epochs > 99_999:  # or the names of the checkpoints would not sort
+        refuse(f"--epochs must be at most 99999, not {args.epochs}")
+    if not 0 <= args.seed < 2**63:
+        refuse(f"--seed must be from 0 to 2**63 - 1, not {args.seed}")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     wish = args.world_size
     local = args.world_size = wish or max(1, gpus)
@@ -110,10 +125,14 @@ def parse_args() -> argparse.Namespace:
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         args.world_size = int(os.environ["WORLD_SIZE"])
         if wish not in (None, args.world_size):
-            parser.error(f"--world_size {wish}, but torchrun runs {args.world_size}")
+            refuse(f"--world_size {wish}, but torchrun runs {args.world_size}")
     if gpus and local > gpus:
         cure = f"start at most {gpus}, or set CUDA_VISIBLE_DEVICES= to use the CPU"
-        parser.error(f"{local} processes on this machine, but {gpus} GPUs: {cure}")
+        refuse(f"{local} processes on this machine, but {gpus} GPUs: {cure}")
+    cores = os.cpu_count() or 1
+    if local > 16 * cores:
+        cure = f"start at most {16 * cores}"
+        refuse(f"{local} processes on this machine, but {cores} cores: {cure}")
     global_batch = args.batch_size * args.world_size
     args.lr = args.lr or BASE_LR * math.sqrt(global_batch / BASE_BATCH)
     return args
@@ -167,43 +186,97 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     for other, name in enumerate(utils.gather(data.name, setup)):
         if name != data.name:
             raise UserError(f"rank {other} has {name}, but rank {rank} has {data.name}")
-    run = create_run(args, data, device)
-    path = resume(run, found, setup)
+    images = len(data.train.labels)
+    if (global_batch := args.world_size * args.batch_size) > images:
+        cure = "lower --batch_size"
+        raise UserError(f"{global_batch} images per step, but {images} in all: {cure}")
+    names = "seed", "epochs", "batch_size", "world_size", "lr"
+    settings = {"data": data.name} | {name: getattr(args, name) for name in names}
+    model = create_model(args.seed)
+    path, state = load_newest(found, model, settings, setup)
+    progress = Progress(**state.get("progress", {}))
     say(
         f"processes  {args.world_size} on {device.type} over {dist.get_backend()}, "
         f"CPU threads each: {torch.get_num_threads()}\n"
         f"data       {data.name}\n"
-        f"model      {sum(p.numel() for p in run.model.parameters()):,} parameters\n"
+        f"model      {sum(p.numel() for p in model.parameters()):,} parameters\n"
         f"batch      {args.world_size} x {args.batch_size} images, peak lr {args.lr:.3g}\n"
         f"start      {path or f'from scratch, no checkpoint in {args.checkpoint_dir}'}"
     )
-    if run.progress.epoch >= args.epochs:
+    if progress.epoch < args.epochs:
+        run = create_run(args, settings, data, model, state, device)
+        stop = StopRequest()
+        while run.progress.epoch < args.epochs:
+            if not train_epoch(run, stop):
+                return 128 + (stop.signum or signal.SIGTERM)
+            path = finish_epoch(run)
+        progress = run.progress
+    else:
         say("training is complete already")
-    stop = StopRequest()
-    while run.progress.epoch < args.epochs:
-        if not train_epoch(run, stop):
-            return 128 + (stop.signum or signal.SIGTERM)
-        path = finish_epoch(run)
-    if rank == 0:
-        picture = args.checkpoint_dir / "mistakes.png"
-        utils.write_atomically(picture, draw_mistakes(run.model.module, run.data.test))
-        last = run.progress.history[-1]
-        say(
-            f"result     {last['test_accuracy']:.2%} of {last['total']:,} test images "
-            f"correct after {last['epoch']} epochs on {data.name}\n"
-            f"weights    {path}\n"
-            f"mistakes   {picture}\n"
-            f"train on   the same command with --epochs {last['epoch'] + 3}"
-        )
+    last = progress.history[-1]
+    say(
+        f"result     {last['test_accuracy']:.2%} of {last['total']:,} test images "
+        f"correct after epoch {last['epoch']} on {data.name}\n"
+        f"weights    {path}\n"
+        f"mistakes   {args.checkpoint_dir / PICTURE}\n"
+        f"train on   the same command with --epochs {last['epoch'] + 3}"
+    )
     return 0
 
 
-def create_run(args: argparse.Namespace, data: Dataset, device: torch.device) -> Run:
-    """Build model and optimizer, equal on all ranks, and put the data on the device."""
-    names = "seed", "epochs", "batch_size", "world_size", "lr"
-    settings = {"data": data.name} | {name: getattr(args, name) for name in names}
+def load_newest(
+    found: tuple[str, bytes] | None,
+    model: torch.nn.Module,
+    settings: dict[str, Any],
+    group: dist.ProcessGroup,
+) -> tuple[str | None, dict[str, Any]]:
+    """Load the newest checkpoint that any rank has found into `model`.
+
+    Returns its path and all of its content, or None and an empty dict if there is none. Raises
+    UserError on all ranks if it comes from another kind of training.
+    """
+    # Not simply rank 0's: when machines join or leave, rank 0 may move to an empty disk.
+    names = utils.gather(Path(found[0]).name if found else "", group)
+    box = [found]
+    dist.broadcast_object_list(box, src=names.index(max(names)), group=group)
+    if not box[0]:
+        return None, {}
+    path, content = box[0]
+    state = utils.decode_checkpoint(content)
+    before = state["settings"]
+    for name in ("data", "seed"):
+        if before[name] != settings[name]:
+            cure = f"choose another --checkpoint_dir, or the {name} of before"
+            there, here = before[name], settings[name]
+            raise UserError(f"{path} has {name} {there}, this run has {here}: {cure}")
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is of another model; set --checkpoint_dir. {reason}")
+    changes = [
+        f"{k} from {before[k]} to {v}" for k, v in settings.items() if before[k] != v
+    ]
+    old, new = (s["batch_size"] * s["world_size"] for s in (before, settings))
+    if old != new:
+        changes.append(f"the global batch from {old} to {new} images")
+    if changes:
+        say(f"changed    {', '.join(changes)}")
+    return path, state
+
+
+def create_run(
+    args: argparse.Namespace,
+    settings: dict[str, Any],
+    data: Dataset,
+    model: torch.nn.Module,
+    state: dict[str, Any],
+    device: torch.device,
+) -> Run:
+    """Wrap the model, equal on all ranks, and take up what `state`, a checkpoint, holds."""
     train, test = (Digits(d.images.to(device), d.labels.to(device)) for d in data[1:])
-    model = create_model(args.seed).to(device)
+    model = model.to(device)
+    # This imports half of torch.compile: the second that it takes is spared where nothing is left to train.
     ddp = DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
@@ -214,44 +287,13 @@ def create_run(args: argparse.Namespace, data: Dataset, device: torch.device) ->
     # resume rounds differently from that step of a run that was never interrupted.
     ddp(test.images[:1]).sum().backward()
     model.zero_grad()
-    data = Dataset(data.name, train, test)
-    return Run(args, settings, data, ddp, create_optimizers(model), Progress())
-
-
-def resume(run: Run, found: tuple[str, bytes] | None, group: Any) -> str | None:
-    """Load the newest checkpoint that any rank has found; return its path, or None.
-
-    Raises UserError on all ranks if it comes from another kind of training.
-    """
-    # Not simply rank 0's: when machines join or leave, rank 0 may move to an empty disk.
-    names = utils.gather(Path(found[0]).name if found else "", group)
-    box = [found]
-    dist.broadcast_object_list(box, src=names.index(max(names)), group=group)
-    if not box[0]:
-        return None
-    path, content = box[0]
-    state = utils.decode_checkpoint(content)
-    for name, ours in run.settings.items():
-        if (theirs := state["settings"][name]) == ours:
-            continue
-        if name in ("data", "seed"):
-            cure = f"choose another --checkpoint_dir, or the {name} of before"
-            raise UserError(f"{path} has {name} {theirs}, this run has {ours}: {cure}")
-        say(f"changed    {name} from {theirs} to {ours}")
-    before, now = (
-        s["batch_size"] * s["world_size"] for s in (state["settings"], run.settings)
-    )
-    if before != now:
-        say(f"changed    the global batch from {before} to {now} images")
-    try:
-        run.model.module.load_state_dict(state["model"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is of another model; set --checkpoint_dir. {reason}")
-    for optimizer, saved in zip(run.optimizers, state["optimizers"]):
+    optimizers = create_optimizers(model)
+    for optimizer, saved in zip(optimizers, state.get("optimizers", [])):
         optimizer.load_state_dict(saved)
-    run.progress = Progress(**state["progress"])
-    return path
+    progress = Progress(**state.get("progress", {}))
+    return Run(
+        args, settings, Dataset(data.name, train, test), ddp, optimizers, progress
+    )
 
 
 def train_epoch(run: Run, stop: StopRequest) -> bool:
@@ -264,9 +306,7 @@ def train_epoch(run: Run, stop: StopRequest) -> bool:
     started = time.perf_counter() - progress.seconds
     interval = 0.2 if sys.stdout.isatty() else 10.0
     next_line = time.perf_counter() + interval
-    # This rank's loss since the ranks last met, and its vote to stop. In float64 a sum of
-    # float32 losses is exact: how they are grouped, and so an interruption, leaves no trace.
-    mine = torch.zeros(2, dtype=torch.float64, device=run.data.train.labels.device)
+    losses = []  # of this rank, since the ranks last met
     for images, labels, count in batches(
         run.data.train, args.batch_size, args.seed, progress.epoch, progress.images
     ):
@@ -275,18 +315,22 @@ def train_epoch(run: Run, stop: StopRequest) -> bool:
         # training goes on as a run of that length would from here.
         part = seen / (args.epochs * total)
         lr = args.lr * min(part / WARM_UP, (1 - part) / (1 - WARM_UP))
-        mine[0] += train_step(run, images, labels, count, lr)
+        losses.append(train_step(run, images, labels, count, lr))
         progress.images += count
         progress.step += 1
         saving = args.save_every and progress.step % args.save_every == 0
         last = total - progress.images < args.world_size
         if not (saving or last or progress.step % MEET_EVERY == 0):
             continue
-        # All ranks must stop after the same step, or those that go on wait for ever.
-        mine[1] = bool(stop.signum)
-        dist.all_reduce(mine)
-        loss_sum, votes = mine.tolist()
-        mine.zero_()
+        # In float64 a sum of float32 losses is exact: how they are grouped, and so an
+        # interruption, leaves no trace. All ranks must stop after the same step, or those
+        # that go on wait for ever.
+        sums = torch.zeros(2, dtype=torch.float64, device=losses[0].device)
+        sums[0] = torch.stack(losses).sum(dtype=torch.float64)
+        sums[1] = bool(stop.signum)
+        losses.clear()
+        dist.all_reduce(sums)
+        loss_sum, votes = sums.tolist()
         if not math.isfinite(loss_sum):
             where = f"by step {progress.step}"
             raise UserError(f"the loss is {loss_sum} {where}: rerun with a lower --lr")
@@ -331,7 +375,7 @@ def train_step(
         logits, labels, reduction="sum", label_smoothing=LABEL_SMOOTHING
     )
     # DDP averages over ranks; so scaled, that is the mean over images, in a short batch too.
-    (loss * dist.get_world_size() / count).backward()
+    (loss * (dist.get_world_size() / count)).backward()
     optimizer_step(run.model.module, run.optimizers, lr)
     return loss.detach()
 
@@ -399,6 +443,10 @@ def save(run: Run) -> Path:
     # All of the history, anew each time: appended lines would be doubled by a resume.
     metrics = "".join(json.dumps(record) + "\n" for record in progress.history)
     try:
+        if progress.epoch == run.args.epochs:
+            # First of all: to a rerun after the last checkpoint, nothing is left to do.
+            picture = draw_mistakes(run.model.module, run.data.test)
+            utils.write_atomically(folder / PICTURE, picture)
         if not all(weight.isfinite().all() for weight in weights.values()):
             raise ValueError("the weights are not finite, lower --lr")
         utils.save_checkpoint(path, state, run.args.keep)

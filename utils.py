@@ -133,9 +133,7 @@ def process_group(store: dist.Store | None) -> Iterator[torch.device]:
     if backend == "gloo" and hasattr(os, "SCHED_BATCH"):
         # Or Linux lets gloo's receiver push its sender off the core while that holds a lock,
         # for which the receiver then spins until the next tick: up to 4 ms per all-reduce.
-        with contextlib.suppress(
-            OSError
-        ):  # some sandboxes forbid it; then it is slower
+        with contextlib.suppress(OSError):  # forbidden in some sandboxes: slower then
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     if world_size == local_world_size:
         # gloo would listen at the address of the hostname: open to the network, and an error
@@ -173,14 +171,15 @@ def set_threads(local_world_size: int) -> None:
     """Share the usable cores out among the processes of this machine.
 
     Left alone, each rank uses all cores, or just one under torchrun, which sets
-    OMP_NUM_THREADS=1. Any other value is the user's and stays.
+    OMP_NUM_THREADS=1. Any other number is the user's and stays.
     """
-    wish = os.environ.get("OMP_NUM_THREADS")
-    if wish is None or (wish == "1" and under_torchrun() and local_world_size > 1):
-        affinity = getattr(
-            os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1)
-        )
-        torch.set_num_threads(max(1, len(affinity(0)) // local_world_size))
+    wish = os.environ.get("OMP_NUM_THREADS", "")
+    by_torchrun = wish == "1" and under_torchrun() and local_world_size > 1
+    if by_torchrun or not wish.isdecimal() or int(wish) == 0:
+        cores = os.cpu_count() or 1
+        if hasattr(os, "sched_getaffinity"):  # not on macOS
+            cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // local_world_size))
 
 
 def gather(item: Any, group: dist.ProcessGroup) -> list[Any]:

@@ -68,7 +68,8 @@ def alternate(
         part = Digits(*(t[: world_size * BATCH * steps] for t in train))
         args = argparse.Namespace(seed=0, batch_size=BATCH, world_size=world_size)
         args.epochs, args.lr, args.save_every = 1, train_ddp.BASE_LR, None
-        run = train_ddp.create_run(args, Dataset(name, part, test), device)
+        part = Dataset(name, part, test)
+        run = train_ddp.create_run(args, {}, part, create_model(0), {}, device)
         images, labels = train.images[:BATCH].clone(), train.labels[:BATCH].clone()
         model = create_model(0)
         optimizers = create_optimizers(model)
@@ -188,11 +189,7 @@ def trainer(data_dir: Path, world_size: int, seed: int) -> dict:
         flags = f"--epochs 1 --world_size {world_size} --seed {seed} --checkpoint_dir"
         command = [sys.executable, SCRIPT, *flags.split(), folder]
         command += ["--data_dir", str(data_dir)]
-        start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        for line in process.stdout:  # "start" is printed when the first step begins
-            if line.startswith("start "):
-                startup = time.perf_counter() - start
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         # The largest process: ru_maxrss is in KiB on Linux.
         _, status, usage = os.wait4(process.pid, 0)
         if status:
@@ -201,20 +198,36 @@ def trainer(data_dir: Path, world_size: int, seed: int) -> dict:
         subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
         rerun = time.perf_counter() - start
         record = json.loads((Path(folder) / "metrics.jsonl").read_text())
-    return record | {"startup": startup, "rerun": rerun, "mb": usage.ru_maxrss / 1024}
+    return record | {"rerun": rerun, "mb": usage.ru_maxrss / 1024}
 
 
-def imports(code: str) -> float:
+def seconds(code: str, *flags: object) -> float:
+    """How long a Python process takes that does nothing else."""
+    command = [sys.executable, "-c", code, *map(str, flags)]
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True, cwd=ROOT)
     return time.perf_counter() - start
+
+
+def startup(data_dir: Path) -> float:
+    """From the command to the first training step, in place of which the process ends."""
+    code = """
+import os, train_ddp, utils
+train_ddp.train_step = lambda *_: os._exit(0)
+args = train_ddp.parse_args()
+utils.launch(train_ddp.work, args, args.world_size)"""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--world_size", 1, "--data_dir", data_dir.resolve()]
+        return seconds(code, *flags, "--checkpoint_dir", folder)
 
 
 def one_round(data_dir: Path, seed: int) -> dict[str, float]:
     alone, pair = layout(data_dir, 1), layout(data_dir, 2)
     two, record = trainer(data_dir, 2, seed), finish(child("fast", data_dir))
     one, common = trainer(data_dir, 1, seed), finish(child("usual", data_dir))
-    torch_import = imports("import torch")
+    torch, first = seconds("import torch"), startup(data_dir)
+    # DDP's constructor and the optimizers import this. To the first step, nothing is torn down.
+    floor = seconds("import os, torch, torch._dynamo; os._exit(0)")
     return {
         "1 process: trainer's loop, images/s": alone["loop"],
         "1 process: bare steps, images/s": alone["bare"],
@@ -230,9 +243,11 @@ def one_round(data_dir: Path, seed: int) -> dict[str, float]:
         "train_mnist_fast recipe, one epoch, s": record["seconds"],
         "train_mnist_fast recipe, test accuracy, %": 100 * record["accuracy"],
         "2 ranks: trainer / train_mnist_fast, time": two["seconds"] / record["seconds"],
-        "1 process: command to first step, s": one["startup"],
-        "import torch, s": torch_import,
-        "1 process: start-up / import torch": one["startup"] / torch_import,
+        "1 process: command to first step, s": first,
+        "import torch, s": torch,
+        "import torch and torch._dynamo, no exit, s": floor,
+        "1 process: start-up / import torch": first / torch,
+        "1 process: start-up / import torch, torch._dynamo": first / floor,
         "1 process: rerun of a finished training, s": one["rerun"],
         "2 ranks: rerun of a finished training, s": two["rerun"],
         "2 ranks: peak memory of a rank, MB": two["mb"],

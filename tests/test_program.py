@@ -249,6 +249,9 @@ def test_mistakes_are_drawn(spawned):
             picture.load()
             assert min(picture.size) > 28
             assert len(picture.convert("L").getcolors()) > 10
+        # Before the last checkpoint: after that, a rerun finds training complete.
+        drawn = (one.folder / "mistakes.png").stat().st_mtime_ns
+        assert drawn <= checkpoints(one.folder)[-1].stat().st_mtime_ns
 
 
 # torchrun, and the same command again
@@ -291,6 +294,16 @@ def test_a_rerun_of_a_finished_run_says_so_and_changes_nothing(torchrun):
     result = re.compile("^result .*", re.MULTILINE)
     assert result.findall(again.stdout) == result.findall(torchrun.first.stdout)
     assert "--epochs 4" in again.stdout
+
+
+def test_a_rerun_of_a_finished_run_imports_no_more_than_it_needs(torchrun):
+    """DDP's constructor imports the compiler, a download torchvision: a second each."""
+    cmd = [*command("--epochs", 1, "--world_size", 1)]
+    flags = "-X", "importtime"
+    done = run([cmd[0], *flags, *cmd[1:]], torchrun.folder.parent)
+    assert "complete" in done.stdout
+    assert " torch.nn.parallel" in done.stderr
+    assert not re.search(" torch._dynamo$| torchvision$", done.stderr, re.MULTILINE)
 
 
 def test_more_epochs_go_on_from_the_last(torchrun):
@@ -361,11 +374,13 @@ def refused(parse, flags: str, capsys) -> str:
         ),
         *(f"--{name} 0" for name in ["world_size", "save_every", "keep", "lr"]),
         *("--world_size -2", "--epochs 1.5", "--epochs many", "--epochs", "--seed x"),
+        *("--seed -1", f"--seed {2**63}", "--epochs 100000"),
+        *("--data_dir=", "--checkpoint_dir="),  # an unset shell variable
         *("--lr nan", "--lr inf", "--lr -0.1", "--unknown 1", "--epoch 3", "stray"),
     ],
 )
 def test_wrong_flags_get_one_line_that_names_them(parse, capsys, flags):
-    assert flags.split()[0] in refused(parse, flags, capsys)
+    assert flags.split()[0].rstrip("=") in refused(parse, flags, capsys)
 
 
 def test_flags_and_their_defaults(parse, capsys, monkeypatch):
@@ -421,6 +436,19 @@ def test_one_process_per_gpu_and_no_more(parse, two_gpus, under_torchrun, capsys
     assert "4" in error and "2" in error
 
 
+def test_more_processes_than_a_machine_can_bear_are_refused(parse, capsys, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert parse("--world_size 64").world_size == 64
+    assert "64" in refused(parse, "--world_size 65", capsys)
+
+
+def test_more_images_per_step_than_there_are_get_one_line(tmp_path):
+    result = run(command("--batch_size", 5001, "--world_size", 2), tmp_path)
+    assert (result.returncode, result.stdout) == (1, "")
+    [line] = result.stderr.splitlines()
+    assert "10002" in line and "10000" in line and "--batch_size" in line
+
+
 def test_wrong_flags_touch_no_file(tmp_path):
     result = run(command("--epochs", 0, "--world_size", 2), tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
@@ -447,6 +475,8 @@ def test_wrong_flags_touch_no_file(tmp_path):
         ("1", False, 2, None),
         ("3", True, 2, None),
         ("3", False, 2, None),
+        ("0", False, 2, 4),  # not a number of threads
+        ("many", True, 2, 4),
     ],
 )
 def test_ranks_share_the_usable_cores(monkeypatch, wish, torchrun, local, expected):
@@ -553,16 +583,13 @@ def test_ddp_is_told_of_its_gpu_and_only_of_a_gpu(monkeypatch, device):
         return model
 
     digits = Digits(torch.zeros(1, 28, 28, dtype=torch.uint8), torch.zeros(1).long())
+    model = train_ddp.create_model(0)
     if device:
-        model = train_ddp.create_model(0)
-        monkeypatch.setattr(train_ddp, "create_model", lambda _: Movable(model))
-        digits = Digits(*map(Movable, digits))
+        digits, model = Digits(*map(Movable, digits)), Movable(model)
     monkeypatch.setattr(train_ddp, "DistributedDataParallel", fake_ddp)
-    args = SimpleNamespace(seed=0, epochs=1, batch_size=1, world_size=1, lr=0.1)
-    created = train_ddp.create_run(
-        args, Dataset("none", digits, digits), device or torch.device("cpu")
-    )
-    assert told == [[1] if device else None]
+    device, data = device or torch.device("cpu"), Dataset("none", digits, digits)
+    created = train_ddp.create_run(SimpleNamespace(), {}, data, model, {}, device)
+    assert told == [[1] if device.type == "cuda" else None]
     assert isinstance(created.data.train.images, torch.Tensor)  # has been moved
 
 

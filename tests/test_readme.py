@@ -53,7 +53,7 @@ def shell(script: str, cwd: Path) -> str:
 def test_commands_and_snippet_run(clone):
     """In the order of the README: torchrun, self-spawn, resume guarantee, the weights."""
     torchrun, spawn, guarantee = runnable("bash")
-    assert "after 3 epochs on MNIST sample" in shell(torchrun, clone)
+    assert "after epoch 3 on MNIST sample" in shell(torchrun, clone)
     assert "training is complete" in shell(spawn, clone)
     straight, broken = re.findall(
         r"([0-9a-f]{64}) (?:straight|broken)", shell(guarantee, clone)

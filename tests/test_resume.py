@@ -212,15 +212,25 @@ def arguments(batch_size: int, **more) -> SimpleNamespace:
     return SimpleNamespace(**flags | more)
 
 
+def create_run(args, digits, checkpoint: Path | None = None) -> train_ddp.Run:
+    """A run from scratch, or one that takes up a checkpoint, as `train` creates it."""
+    names = "seed", "epochs", "batch_size", "world_size", "lr"
+    settings = {"data": digits.name} | {name: getattr(args, name) for name in names}
+    found = (str(checkpoint), checkpoint.read_bytes()) if checkpoint else None
+    model = create_model(args.seed)
+    path, state = train_ddp.load_newest(found, model, settings, dist.group.WORLD)
+    assert path == (str(checkpoint) if checkpoint else None)
+    device = torch.device("cpu")
+    return train_ddp.create_run(args, settings, digits, model, state, device)
+
+
 def copies(tensors) -> list[torch.Tensor]:
     return [tensor.detach().clone() for tensor in tensors]
 
 
 def train_recorded(batch_size: int) -> dict[str, list]:
     """Train an epoch as one rank; for each step: its batch, weights before it, gradient."""
-    created = train_ddp.create_run(
-        arguments(batch_size), small_set(), torch.device("cpu")
-    )
+    created = create_run(arguments(batch_size), small_set())
     parameters = list(created.model.parameters())
     record = {"batches": [], "weights": [copies(parameters)], "gradients": []}
 
@@ -349,17 +359,14 @@ def train_resumed(batch_size: int, folder: Path) -> tuple[list, list[list]]:
     """Outcome of an epoch: straight, and resumed at each of the checkpoints by a new Run."""
     never = SimpleNamespace(signum=0)
     args = arguments(batch_size, checkpoint_dir=folder, save_every=3)
-    device, group = torch.device("cpu"), dist.group.WORLD
-    created = train_ddp.create_run(args, small_set(), device)
+    created = create_run(args, small_set())
     train_ddp.train_epoch(created, never)
     straight, resumed = outcome(created), []
     dist.barrier()
     paths = checkpoints(folder)
     args.save_every = None
     for path in paths:
-        created = train_ddp.create_run(args, small_set(), device)
-        found = str(path), path.read_bytes()
-        assert train_ddp.resume(created, found, group) == str(path)
+        created = create_run(args, small_set(), path)
         train_ddp.train_epoch(created, never)
         resumed.append(outcome(created))
     return straight, resumed
@@ -463,12 +470,10 @@ def agent(start, tmp_path):
 
 
 def resume_where_found(path: Path, finder: int) -> list[torch.Tensor]:
-    device, group = torch.device("cpu"), dist.group.WORLD
-    created = train_ddp.create_run(arguments(64), load_mnist(SAMPLE), device)
     found = (str(path), path.read_bytes()) if dist.get_rank() == finder else None
-    created.settings["seed"] = 0  # that of the checkpoint
-    train_ddp.resume(created, found, group)
-    return copies(created.model.parameters())
+    settings, model = newest(path.parent)["settings"], create_model(seed=1)
+    train_ddp.load_newest(found, model, settings, dist.group.WORLD)
+    return copies(model.parameters())
 
 
 @pytest.mark.parametrize("finder", [0, 1])
