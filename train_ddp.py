@@ -195,6 +195,7 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     model = create_model(args.seed)
     path, state = load_newest(found, model, settings, setup)
     progress = Progress(**state.get("progress", {}))
+    stop = StopRequest()
     say(
         f"processes  {args.world_size} on {device.type} over {dist.get_backend()}, "
         f"CPU threads each: {torch.get_num_threads()}\n"
@@ -205,7 +206,6 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     )
     if progress.epoch < args.epochs:
         run = create_run(args, settings, data, model, state, device)
-        stop = StopRequest()
         while run.progress.epoch < args.epochs:
             if not train_epoch(run, stop):
                 return 128 + (stop.signum or signal.SIGTERM)

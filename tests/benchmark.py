@@ -50,7 +50,8 @@ def layout(data_dir: Path, world_size: int, blocks: int = 15, steps: int = 40) -
 def alternate(
     rank: int, world_size: int, data_dir: Path, folder: str, blocks: int, steps: int
 ) -> None:
-    """As one rank: time blocks of whole training, and of steps that nobody else takes part in."""
+    """As one rank: time blocks of whole training, of its steps on one resident batch, and of
+    such steps without DDP, in which nobody else takes part."""
     import torch.distributed as dist
     import torch.nn.functional as F
 
@@ -79,6 +80,13 @@ def alternate(
             run.progress = train_ddp.Progress()
             train_ddp.train_epoch(run, nobody)
 
+        def ddp() -> None:
+            for _ in range(steps):
+                count = world_size * BATCH
+                train_ddp.train_step(
+                    run, images, labels, count, train_ddp.BASE_LR / 100
+                )
+
         def bare() -> None:
             for _ in range(steps):
                 smoothing = train_ddp.LABEL_SMOOTHING
@@ -91,7 +99,7 @@ def alternate(
         rates = []
         for _ in range(blocks + 1):
             rates.append([])
-            for work in loop, bare:
+            for work in loop, ddp, bare:
                 dist.barrier()
                 start = time.perf_counter()
                 work()
@@ -100,11 +108,13 @@ def alternate(
             [sum(r) for r in zip(*ranks)]
             for ranks in zip(*utils.gather(rates, dist.group.WORLD))
         ]
-        loops, bares = zip(*sums[1:])  # the first block warms up
-        ratio = statistics.median(a / b for a, b in zip(loops, bares))
-        result = {"loop": statistics.median(loops), "bare": statistics.median(bares)}
         if rank == 0:
-            Path(folder, "result").write_text(json.dumps(result | {"ratio": ratio}))
+            median = statistics.median
+            loops, ddps, bares = zip(*sums[1:])  # the first block warms up
+            result = {"loop": median(loops), "bare": median(bares)}
+            result["ratio"] = median(a / b for a, b in zip(loops, bares))
+            result["ddp"] = median(a / b for a, b in zip(ddps, bares))
+            Path(folder, "result").write_text(json.dumps(result))
 
 
 def usual(data_dir: Path, steps: int = 150) -> dict:
@@ -232,9 +242,11 @@ def one_round(data_dir: Path, seed: int) -> dict[str, float]:
         "1 process: trainer's loop, images/s": alone["loop"],
         "1 process: bare steps, images/s": alone["bare"],
         "1 process: loop / bare steps": alone["ratio"],
+        "1 process: bare steps through DDP / bare steps": alone["ddp"],
         "2 ranks: trainer's loop, images/s": pair["loop"],
         "2 ranks: bare steps, each for itself, images/s": pair["bare"],
         "2 ranks: loop / bare steps": pair["ratio"],
+        "2 ranks: bare steps through DDP / bare steps": pair["ddp"],
         "usual pipeline (transforms, DataLoader), images/s": common[
             "images_per_second"
         ],
