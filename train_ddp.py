@@ -205,6 +205,7 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
         f"start      {path or f'from scratch, no checkpoint in {args.checkpoint_dir}'}"
     )
     if progress.epoch < args.epochs:
+        # Here and no earlier: DDP imports torch's compiler, which takes a second.
         run = create_run(args, settings, data, model, state, device)
         while run.progress.epoch < args.epochs:
             if not train_epoch(run, stop):
@@ -273,10 +274,9 @@ def create_run(
     state: dict[str, Any],
     device: torch.device,
 ) -> Run:
-    """Wrap the model, equal on all ranks, and take up what `state`, a checkpoint, holds."""
+    """Wrap the model, equal on all ranks, in DDP, and go on from `state` if it is not empty."""
     train, test = (Digits(d.images.to(device), d.labels.to(device)) for d in data[1:])
     model = model.to(device)
-    # This imports half of torch.compile: the second that it takes is spared where nothing is left to train.
     ddp = DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
