@@ -1,6 +1,6 @@
 """The data: MNIST as uint8 tensors, fetched once per machine, dealt out without overlap.
 
-Each rank holds the whole set (55 MB) and indexes a batch at a time. There is no per-image
+Each rank holds the whole set (55 MB) and draws its batches by index. There is no per-image
 Python: in the usual pipeline of transforms and a DataLoader it costs more than the network.
 """
 

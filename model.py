@@ -45,8 +45,8 @@ def create_model(seed: int) -> ConvNet:
 
 
 def hidden_kernels(model: nn.Module) -> list[nn.Parameter]:
-    """List the weights [out, in, height, width] of all convolutions after the first."""
-    return [weight for weight in model.parameters() if weight.ndim == 4][1:]
+    """List the weights [out, in, height, width] of convolutions to train after the first."""
+    return [w for w in model.parameters() if w.ndim == 4 and w.requires_grad][1:]
 
 
 def as_matrix(kernel: torch.Tensor) -> torch.Tensor:
@@ -55,27 +55,29 @@ def as_matrix(kernel: torch.Tensor) -> torch.Tensor:
 
 
 def create_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Create Muon for the hidden kernels, which it takes as matrices, and AdamW for the rest.
+    """Create AdamW and, for the hidden kernels, which it takes as matrices, Muon.
 
     First and last layer go to AdamW, as Muon's author advises (github.com/KellerJordan/Muon).
     """
     kernels = hidden_kernels(model)
+    rest = [w for w in model.parameters() if all(w is not kernel for kernel in kernels)]
+    adamw = torch.optim.AdamW(rest, betas=(0.8, 0.95), fused=True)
+    if not kernels:  # a model of your own may have none
+        return [adamw]
     matrices = [as_matrix(kernel.detach()) for kernel in kernels]
     # Three Newton-Schulz iterations train this network as well as the usual five.
     muon = torch.optim.Muon(matrices, weight_decay=0.1, momentum=0.9, ns_steps=3)
-    rest = [
-        weight for weight in model.parameters() if all(weight is not k for k in kernels)
-    ]
-    return [muon, torch.optim.AdamW(rest, betas=(0.8, 0.95), fused=True)]
+    return [adamw, muon]
 
 
 def optimizer_step(
     model: nn.Module, optimizers: list[torch.optim.Optimizer], lr: float
 ) -> None:
     """Step with AdamW at the rate `lr` and Muon at MUON_RATE times that; clear gradients."""
-    muon, adamw = (optimizer.param_groups[0] for optimizer in optimizers)
-    muon["lr"], adamw["lr"] = MUON_RATE * lr, lr
-    for matrix, kernel in zip(muon["params"], hidden_kernels(model)):
+    groups = [optimizer.param_groups[0] for optimizer in optimizers]
+    for group, rate in zip(groups, [lr, MUON_RATE * lr]):
+        group["lr"] = rate
+    for matrix, kernel in zip(groups[-1]["params"], hidden_kernels(model)):
         matrix.grad = as_matrix(kernel.grad)
     for optimizer in optimizers:
         optimizer.step()

@@ -16,6 +16,9 @@ if __name__ in ("__main__", "__mp_main__"):
     # Until training starts, Ctrl-C ends the process at once: Python's own handler would print
     # a traceback for each rank, from the middle of some import.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Python has None where the shell has closed it, as `>&-` does.
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     if sys.platform == "linux" and (
         __name__ == "__mp_main__" or "TORCHELASTIC_RUN_ID" in os.environ
     ):
@@ -214,12 +217,12 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
         progress = run.progress
     else:
         say("training is complete already")
-    last = progress.history[-1]
+    last, picture = progress.history[-1], args.checkpoint_dir / PICTURE
     say(
         f"result     {last['test_accuracy']:.2%} of {last['total']:,} test images "
         f"correct after epoch {last['epoch']} on {data.name}\n"
         f"weights    {path}\n"
-        f"mistakes   {args.checkpoint_dir / PICTURE}\n"
+        f"mistakes   {picture if picture.is_file() else 'there is no picture of them'}\n"
         f"train on   the same command with --epochs {last['epoch'] + 3}"
     )
     return 0
@@ -306,6 +309,7 @@ def train_epoch(run: Run, stop: StopRequest) -> bool:
     started = time.perf_counter() - progress.seconds
     interval = 0.2 if sys.stdout.isatty() else 10.0
     next_line = time.perf_counter() + interval
+    run.model.train()  # as layers such as dropout need it
     losses = []  # of this rank, since the ranks last met
     for images, labels, count in batches(
         run.data.train, args.batch_size, args.seed, progress.epoch, progress.images
@@ -413,6 +417,7 @@ def evaluate(model: torch.nn.Module, digits: Digits) -> tuple[float, int, int]:
     Each image counts once. DistributedSampler would pad the shares to equal lengths with
     duplicates, and the accuracy would depend on the world size.
     """
+    model.eval()
     mine = slice(dist.get_rank(), None, dist.get_world_size())
     sums = torch.zeros(3, dtype=torch.float64, device=digits.labels.device)
     for images, labels in zip(*(part[mine].split(1000) for part in digits)):
@@ -442,11 +447,14 @@ def save(run: Run) -> Path:
     state |= {"torch": str(torch.__version__)}
     # All of the history, anew each time: appended lines would be doubled by a resume.
     metrics = "".join(json.dumps(record) + "\n" for record in progress.history)
-    try:
-        if progress.epoch == run.args.epochs:
-            # First of all: to a rerun after the last checkpoint, nothing is left to do.
-            picture = draw_mistakes(run.model.module, run.data.test)
+    if progress.epoch == run.args.epochs:
+        # First of all: to a rerun after the last checkpoint, nothing is left to do.
+        picture = draw_mistakes(run.model.module, run.data.test)
+        try:
             utils.write_atomically(folder / PICTURE, picture)
+        except OSError as error:
+            utils.warn(f"cannot draw {folder / PICTURE}: {error}")
+    try:
         if not all(weight.isfinite().all() for weight in weights.values()):
             raise ValueError("the weights are not finite, lower --lr")
         utils.save_checkpoint(path, state, run.args.keep)
@@ -460,11 +468,11 @@ def save(run: Run) -> Path:
 
 @torch.inference_mode()
 def draw_mistakes(model: torch.nn.Module, digits: Digits) -> bytes:
-    """Return a PNG of the digits that the model gets wrong, labelled "true > predicted"."""
+    """Return a PNG of up to 600 digits that the model gets wrong, as "true > predicted"."""
     from PIL import Image, ImageDraw, ImageFont  # comes with torchvision
 
     predicted = torch.cat([model(x).argmax(1) for x in digits.images.split(1000)])
-    wrong = (predicted != digits.labels).nonzero().flatten().tolist()
+    wrong = (predicted != digits.labels).nonzero().flatten().tolist()[:600]
     columns, width, height = 12, 80, 104  # pixels of the field for one digit
     sheet = Image.new("L", (columns * width, (len(wrong) // columns + 1) * height), 255)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=20)

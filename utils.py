@@ -23,7 +23,8 @@ import torch.multiprocessing as mp
 # How long a rank waits in a collective for the others. With torch's default of half an hour,
 # one frozen process holds the whole job that long. During set-up, a download may take a while.
 COLLECTIVE_TIMEOUT, SETUP_TIMEOUT = timedelta(seconds=60), timedelta(minutes=10)
-STOPPED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit codes, as of a shell
+# The last one comes from a terminal that is closed.
+STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 REPEAT_SECONDS = 1.0  # one Ctrl-C can arrive twice: from terminal and launcher
 
 
@@ -54,6 +55,13 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def on_stop(handler: Callable[[int, Any], None]) -> None:
+    """Have `handler` called for each of STOP_SIGNALS that is not ignored, as by nohup."""
+    for signum in STOP_SIGNALS:
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, handler)
+
+
 def launch(worker: Callable[..., None], args: Any, world_size: int) -> None:
     """Run worker(rank, args, store_path) in `world_size` processes, and exit.
 
@@ -73,16 +81,15 @@ def launch(worker: Callable[..., None], args: Any, world_size: int) -> None:
         if world_size == 1:
             worker(0, args, store_path)
         context = mp.spawn(worker, (args, store_path), nprocs=world_size, join=False)
-        signal.signal(signal.SIGINT, pass_on)
-        signal.signal(signal.SIGTERM, pass_on)
+        on_stop(pass_on)
         try:
             # After a failure the others get this long to end, and as long after a SIGTERM.
             while not context.join(grace_period=3):
                 pass
         except mp.ProcessExitedException as error:
             code, killer = error.exit_code, error.signal_name
-            # 1 is for an error that is on the screen already; these two, for being stopped.
-            if not signals and code not in (1, *STOPPED):
+            # 1 is for an error that is on the screen already; the others, for being stopped.
+            if not signals and code not in [1, *(128 + s for s in STOP_SIGNALS)]:
                 how = f"was killed by {killer}" if killer else f"exits with {code}"
                 print(
                     f"error: rank {error.error_index} {how}; rerun to resume",
@@ -202,12 +209,11 @@ def shared_fate(group: dist.ProcessGroup) -> Iterator[None]:
 
 
 class StopRequest:
-    """Notes SIGINT and SIGTERM, for the ranks to agree on a step at which to stop."""
+    """Notes one of STOP_SIGNALS, for the ranks to agree on a step at which to stop."""
 
     def __init__(self) -> None:
         self.signum, self.since = 0, 0.0
-        signal.signal(signal.SIGINT, self._note)
-        signal.signal(signal.SIGTERM, self._note)
+        on_stop(self._note)
 
     def _note(self, signum: int, frame: object) -> None:
         if self.signum and time.monotonic() - self.since > REPEAT_SECONDS:

@@ -27,7 +27,7 @@ from PIL import Image
 import train_ddp
 import utils
 from data import Dataset, Digits, load_mnist
-from model import ConvNet
+from model import ConvNet, create_optimizers, optimizer_step
 
 METRICS = {
     *("epoch", "step", "train_loss", "test_loss", "test_accuracy", "correct", "total"),
@@ -320,6 +320,25 @@ def test_more_epochs_go_on_from_the_last(torchrun):
     assert len(checkpoints(torchrun.folder)) == 1
 
 
+def test_a_picture_that_cannot_be_drawn_costs_no_checkpoint(tmp_path):
+    """And a standard output that is closed costs nothing."""
+    (tmp_path / "checkpoints" / "mistakes.png").mkdir(parents=True)
+    cmd = [
+        "bash",
+        "-c",
+        'exec "$@" >&-',
+        "-",
+        *command("--epochs", 1, "--world_size", 2),
+    ]
+    first = run(cmd, tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert re.search("cannot draw .*mistakes.png", first.stderr)
+    assert len(checkpoints(tmp_path / "checkpoints")) == 1
+    again = run(command("--epochs", 1, "--world_size", 2), tmp_path)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert re.search("^mistakes +there is no picture", again.stdout, re.MULTILINE)
+
+
 # Flags
 
 
@@ -599,12 +618,12 @@ def test_ddp_is_told_of_its_gpu_and_only_of_a_gpu(monkeypatch, device):
 def evaluate_some(counts: list[int]) -> list[tuple]:
     _, _, test = load_mnist(SAMPLE)
     torch.manual_seed(0)
-    model = ConvNet()
+    model = torch.nn.Sequential(ConvNet(), torch.nn.Dropout(0.5))
     return [train_ddp.evaluate(model, Digits(*(x[:n] for x in test))) for n in counts]
 
 
 def test_evaluation_counts_each_image_once_at_any_number_of_ranks():
-    """Also where some ranks get fewer images than others, or none."""
+    """Also where some ranks get fewer images than others, or none; and without dropout."""
     counts = [1, 2, 3, 100, 1999]
     _, _, test = load_mnist(SAMPLE)
     torch.manual_seed(0)
@@ -617,6 +636,22 @@ def test_evaluation_counts_each_image_once_at_any_number_of_ranks():
             expected = F.cross_entropy(logits[:n], test.labels[:n]).item()
             assert (correct, total) == (int(right), n)
             assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_any_model_gets_its_optimizers_and_frozen_layers_stay():
+    frozen = ConvNet().layers
+    for weight in frozen[2].parameters():
+        weight.requires_grad_(False)
+    plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+    for model, count in (ConvNet().layers, 2), (frozen, 2), (plain, 1):
+        optimizers = create_optimizers(model.to(memory_format=torch.channels_last))
+        assert len(optimizers) == count
+        before = [weight.detach().clone() for weight in model.parameters()]
+        model(torch.rand(8, 1, 28, 28)).square().sum().backward()
+        optimizer_step(model, optimizers, 0.01)
+        for old, new in zip(before, model.parameters()):
+            assert old.equal(new) != new.requires_grad
+            assert new.grad is None
 
 
 def test_only_rank_zero_speaks_and_a_terminal_line_is_replaced(monkeypatch, capsys):

@@ -9,9 +9,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import indent
 
 import pytest
-from conftest import ROOT, SAMPLE
+from conftest import ROOT, SAMPLE, checkpoints, checksum
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = "train_ddp.py", "model.py", "data.py", "utils.py"
@@ -64,6 +65,35 @@ def test_commands_and_snippet_run(clone):
         r"\d+", shell(f"python - <<'END'\n{snippet}END", clone)
     )
     assert predicted == true
+
+
+def test_own_model_as_shown(clone):
+    """Other layers, with dropout; with the line shown for it, a resumed run is the same."""
+    layers, line = re.findall(
+        r"```python\n((?:self\.layers|torch\.manual_seed).*?)```", README, re.DOTALL
+    )
+    layers, line = indent(layers, " " * 8), indent(line, " " * 4)
+    own = clone / "own_model"
+    own.mkdir()
+    for script in SCRIPTS:
+        shutil.copy(clone / script, own)
+    shutil.copytree(SAMPLE, own / "tests" / "mnist_sample")
+    model, train = own / "model.py", own / "train_ddp.py"
+    source = model.read_text()
+    start = source.index("        self.layers = nn.Sequential(")
+    end = source.index("        )\n", start) + len("        )\n")
+    model.write_text(source[:start] + layers + source[end:])
+    source = train.read_text().replace("import Dataset", "import derive_seed, Dataset")
+    first = "    logits = run.model(images)\n"
+    assert (source.count(first), source.count("derive_seed")) == (1, 1)
+    train.write_text(source.replace(first, line + first))
+    flags = "--epochs 1 --save_every 40 --world_size 2 --checkpoint_dir dropped"
+    shell(f"python own_model/train_ddp.py {flags}", clone)
+    straight = checksum(clone / "dropped")
+    checkpoints(clone / "dropped")[-1].unlink()
+    output = shell(f"python own_model/train_ddp.py {flags}", clone)
+    assert "epoch00000-image" in re.search(r"^start .*", output, re.MULTILINE)[0]
+    assert checksum(clone / "dropped") == straight
 
 
 def test_own_data_set_as_shown(clone):

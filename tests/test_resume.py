@@ -118,13 +118,14 @@ def test_killed_then_stopped_then_rerun_equals_straight(
 def test_stopped_by_any_signal_to_anyone_all_ranks_leave_at_one_step(
     straight, start, tmp_path
 ):
-    """Five times in one run, by both launchers in turn; the end is that of a straight run."""
+    """Six times in one run, by both launchers in turn; the end is that of a straight run."""
     folder = tmp_path / "checkpoints"
     flags = *EPOCH, "--world_size", 2, "--save_every", 5, "--keep", 100
     for launcher, signum, to_all in [
         (None, signal.SIGTERM, False),
         (None, signal.SIGINT, True),
         (2, signal.SIGTERM, False),
+        (None, signal.SIGHUP, True),
         (2, signal.SIGINT, True),
         (None, signal.SIGKILL, False),
     ]:
@@ -152,6 +153,18 @@ def test_stopped_by_any_signal_to_anyone_all_ranks_leave_at_one_step(
             assert "Traceback" not in output and "rror" not in output
     assert run(command(*flags), tmp_path).returncode == 0
     assert same_result(folder, straight(2))
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(start, tmp_path):
+    cmd = command("--epochs", 100, "--world_size", 2, "--save_every", 10)
+    job = start(["nohup", *cmd])
+    wait_for_progress(job, tmp_path / "checkpoints")
+    for pid in [job.process.pid, *trainers(job)]:
+        os.kill(pid, signal.SIGHUP)
+    for _ in range(2):
+        wait_for_progress(job, tmp_path / "checkpoints")
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait(30) == 128 + signal.SIGTERM, job.output()
 
 
 def test_a_second_signal_ends_even_a_run_that_cannot_obey_the_first(start, tmp_path):
@@ -360,7 +373,9 @@ def train_resumed(batch_size: int, folder: Path) -> tuple[list, list[list]]:
     never = SimpleNamespace(signum=0)
     args = arguments(batch_size, checkpoint_dir=folder, save_every=3)
     created = create_run(args, small_set())
+    created.model.eval()  # as an evaluation has left it
     train_ddp.train_epoch(created, never)
+    assert all(module.training for module in created.model.modules())
     straight, resumed = outcome(created), []
     dist.barrier()
     paths = checkpoints(folder)
