@@ -5,8 +5,6 @@ examples:
   python train_ddp.py --world_size 2
 """
 
-import ctypes
-import multiprocessing
 import os
 import signal
 import sys
@@ -16,12 +14,15 @@ if __name__ in ("__main__", "__mp_main__"):
     # Until training starts, Ctrl-C ends the process at once: Python's own handler would print
     # a traceback for each rank, from the middle of some import.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # see utils.launch
     # Python has None where the shell has closed it, as `>&-` does.
     sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     if sys.platform == "linux" and (
         __name__ == "__mp_main__" or "TORCHELASTIC_RUN_ID" in os.environ
     ):
+        import ctypes
+
         # Let the kernel tell a worker, by SIGTERM, that its launcher has died: torchrun gives
         # its workers sessions of their own, where they would train on as orphans.
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, see prctl(2)
@@ -30,6 +31,7 @@ import argparse
 import io
 import json
 import math
+import multiprocessing
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

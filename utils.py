@@ -13,6 +13,7 @@ import uuid
 import zipfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import IO, Any
 
@@ -68,20 +69,28 @@ def launch(worker: Callable[..., None], args: Any, world_size: int) -> None:
     They meet over a file in a private folder: no port for a second run to collide with, and
     nothing for another machine to reach. The exit code is that of the first one to fail.
     """
-    signals: list[float] = []
+    processes: list[Any] = []
+    signals: list[tuple[float, int]] = []
 
     def pass_on(signum: int, frame: object) -> None:
-        signals.append(time.monotonic())
-        insisting = signals[-1] - signals[0] > REPEAT_SECONDS
-        for process in filter(mp.Process.is_alive, context.processes):
+        signals.append((time.monotonic(), signum))
+        insisting = signals[-1][0] - signals[0][0] > REPEAT_SECONDS
+        for process in filter(mp.Process.is_alive, processes):
             os.kill(process.pid, signal.SIGKILL if insisting else signum)
 
     with tempfile.TemporaryDirectory(prefix="train_ddp-") as folder:
         store_path = os.path.join(folder, "store")
         if world_size == 1:
             worker(0, args, store_path)
-        context = mp.spawn(worker, (args, store_path), nprocs=world_size, join=False)
         on_stop(pass_on)
+        # Workers inherit this and wait with a Ctrl-C until they can end without a traceback.
+        resource_tracker.ensure_running()  # or spawn starts it, which unblocks SIGINT
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        context = mp.spawn(worker, (args, store_path), nprocs=world_size, join=False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        processes += context.processes
+        if signals:  # came too early to be passed on
+            pass_on(signals[0][1], None)
         try:
             # After a failure the others get this long to end, and as long after a SIGTERM.
             while not context.join(grace_period=3):

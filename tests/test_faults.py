@@ -289,13 +289,12 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole_and_names_the_good_one(
     assert not list(folder.glob(".tmp-*"))
 
 
-def test_a_full_disk_at_the_end_of_a_complete_run_is_told_in_one_line(folder, tmp_path):
-    """The picture is written last: it fails no less clearly than a checkpoint."""
+def test_a_full_disk_does_no_harm_to_a_complete_run(folder, tmp_path):
+    """There is nothing to write."""
     before = snapshot(folder)
-    limited = ["sh", "-c", 'ulimit -f 2; exec "$@"', "sh"]
+    limited = ["sh", "-c", 'ulimit -f 1; exec "$@"', "sh"]
     result = run([*limited, *command(*JOB)], tmp_path)
-    assert result.returncode == 1
-    assert "File too large" in error_line(result.stderr)
+    assert (result.returncode, result.stderr) == (0, "")
     assert snapshot(folder) == before
     assert not list(folder.glob(".tmp-*"))
 
@@ -478,12 +477,27 @@ def imports_torch(pid: int, worker: bool = True) -> bool:
         return False
 
 
-@pytest.mark.parametrize("moment", ["launcher", "worker", "set-up"])
-@pytest.mark.parametrize("torchrun", [False, True])
+def is_spawned(pid: int) -> bool:
+    """Whether this is a worker of ours, and not multiprocessing's own helper."""
+    try:
+        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("torchrun", "moment"),
+    [
+        *((False, m) for m in ["launcher", "interpreter", "worker", "set-up"]),
+        *((True, m) for m in ["launcher", "worker", "set-up"]),
+    ],
+)
 def test_ctrl_c_during_start_up_leaves_at_once(torchrun, moment, tmp_path, start):
     """While torch is imported and while ranks meet, with no traceback of ours."""
     job = start(launched(torchrun, *JOB), MARK=str(tmp_path))
-    if moment == "launcher":
+    if moment == "interpreter":  # of the first worker, which has not read our code yet
+        wait_until(lambda: any(map(is_spawned, job.workers())), 60, job)
+    elif moment == "launcher":
         wait_until(lambda: imports_torch(job.process.pid, worker=False), 60, job)
     elif moment == "worker":
         wait_until(lambda: any(map(imports_torch, job.workers())), 60, job)
