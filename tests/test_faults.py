@@ -289,6 +289,16 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole_and_names_the_good_one(
     assert not list(folder.glob(".tmp-*"))
 
 
+def test_a_data_folder_that_cannot_be_made_is_an_error_without_a_network_too(tmp_path):
+    """The sample stands in for a network, not for a mistaken --data_dir."""
+    (tmp_path / "file").touch()
+    cmd = command("--epochs", 1, "--data_dir", "file/data", data=False)
+    result = run(cmd, tmp_path, http_proxy="http://127.0.0.1:9")
+    assert (result.returncode, result.stdout) == (1, "")
+    line = error_line(result.stderr)
+    assert "file/data" in line and "--data_dir" in line
+
+
 def test_a_full_disk_does_no_harm_to_a_complete_run(folder, tmp_path):
     """There is nothing to write."""
     before = snapshot(folder)
