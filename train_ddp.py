@@ -72,7 +72,6 @@ class Run:
     """What one rank works with."""
 
     args: argparse.Namespace
-    settings: dict[str, Any]  # what a checkpoint must agree with, or tell the change of
     data: Dataset  # on the device
     model: DistributedDataParallel
     optimizers: list[torch.optim.Optimizer]
@@ -195,11 +194,9 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     if (global_batch := args.world_size * args.batch_size) > images:
         cure = "lower --batch_size"
         raise UserError(f"{global_batch} images per step, but {images} in all: {cure}")
-    names = "seed", "epochs", "batch_size", "world_size", "lr"
-    settings = {"data": data.name} | {name: getattr(args, name) for name in names}
     model = create_model(args.seed)
-    path, state = load_newest(found, model, settings, setup)
-    progress = Progress(**state.get("progress", {}))
+    settings = settings_of(args, data)
+    path, progress, saved = load_newest(found, model, settings, setup)
     stop = StopRequest()
     say(
         f"processes  {args.world_size} on {device.type} over {dist.get_backend()}, "
@@ -211,7 +208,7 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     )
     if progress.epoch < args.epochs:
         # Here and no earlier: DDP imports torch's compiler, which takes a second.
-        run = create_run(args, settings, data, model, state, device)
+        run = create_run(args, data, model, progress, saved, device)
         while run.progress.epoch < args.epochs:
             if not train_epoch(run, stop):
                 return 128 + (stop.signum or signal.SIGTERM)
@@ -230,23 +227,29 @@ def train(args: argparse.Namespace, device: torch.device) -> int:
     return 0
 
 
+def settings_of(args: argparse.Namespace, data: Dataset) -> dict[str, Any]:
+    """Return what a checkpoint must agree with, or else the change is refused or told."""
+    names = "seed", "epochs", "batch_size", "world_size", "lr"
+    return {"data": data.name} | {name: getattr(args, name) for name in names}
+
+
 def load_newest(
     found: tuple[str, bytes] | None,
     model: torch.nn.Module,
     settings: dict[str, Any],
     group: dist.ProcessGroup,
-) -> tuple[str | None, dict[str, Any]]:
+) -> tuple[str | None, Progress, list[dict[str, Any]]]:
     """Load the newest checkpoint that any rank has found into `model`.
 
-    Returns its path and all of its content, or None and an empty dict if there is none. Raises
-    UserError on all ranks if it comes from another kind of training.
+    Returns its path, progress and states of the optimizers, or None, no progress and no states
+    if there is none. Raises UserError on all ranks if it comes from another kind of training.
     """
     # Not simply rank 0's: when machines join or leave, rank 0 may move to an empty disk.
     names = utils.gather(Path(found[0]).name if found else "", group)
     box = [found]
     dist.broadcast_object_list(box, src=names.index(max(names)), group=group)
     if not box[0]:
-        return None, {}
+        return None, Progress(), []
     path, content = box[0]
     state = utils.decode_checkpoint(content)
     before = state["settings"]
@@ -268,18 +271,18 @@ def load_newest(
         changes.append(f"the global batch from {old} to {new} images")
     if changes:
         say(f"changed    {', '.join(changes)}")
-    return path, state
+    return path, Progress(**state["progress"]), state["optimizers"]
 
 
 def create_run(
     args: argparse.Namespace,
-    settings: dict[str, Any],
     data: Dataset,
     model: torch.nn.Module,
-    state: dict[str, Any],
+    progress: Progress,
+    saved: list[dict[str, Any]],
     device: torch.device,
 ) -> Run:
-    """Wrap the model, equal on all ranks, in DDP, and go on from `state` if it is not empty."""
+    """Put model and data on the device, the model in DDP, and what was saved in optimizers."""
     train, test = (Digits(d.images.to(device), d.labels.to(device)) for d in data[1:])
     model = model.to(device)
     ddp = DistributedDataParallel(
@@ -293,12 +296,9 @@ def create_run(
     ddp(test.images[:1]).sum().backward()
     model.zero_grad()
     optimizers = create_optimizers(model)
-    for optimizer, saved in zip(optimizers, state.get("optimizers", [])):
-        optimizer.load_state_dict(saved)
-    progress = Progress(**state.get("progress", {}))
-    return Run(
-        args, settings, Dataset(data.name, train, test), ddp, optimizers, progress
-    )
+    for optimizer, state in zip(optimizers, saved):
+        optimizer.load_state_dict(state)
+    return Run(args, Dataset(data.name, train, test), ddp, optimizers, progress)
 
 
 def train_epoch(run: Run, stop: StopRequest) -> bool:
@@ -390,7 +390,7 @@ def finish_epoch(run: Run) -> Path:
     """Evaluate, record the epoch and save; return the path of the checkpoint."""
     old = run.progress
     test_loss, correct, total = evaluate(run.model.module, run.data.test)
-    record = run.settings | {
+    record = settings_of(run.args, run.data) | {
         "epoch": old.epoch + 1,
         "step": old.step,
         "train_loss": old.loss_sum / old.images,
@@ -445,7 +445,7 @@ def save(run: Run) -> Path:
     # nothing but another DDP model.
     weights = run.model.module.state_dict()
     state = {"model": weights, "optimizers": [o.state_dict() for o in run.optimizers]}
-    state |= {"progress": asdict(progress), "settings": run.settings}
+    state |= {"progress": asdict(progress), "settings": settings_of(run.args, run.data)}
     state |= {"torch": str(torch.__version__)}
     # All of the history, anew each time: appended lines would be doubled by a resume.
     metrics = "".join(json.dumps(record) + "\n" for record in progress.history)

@@ -69,13 +69,12 @@ def launch(worker: Callable[..., None], args: Any, world_size: int) -> None:
     They meet over a file in a private folder: no port for a second run to collide with, and
     nothing for another machine to reach. The exit code is that of the first one to fail.
     """
-    processes: list[Any] = []
     signals: list[tuple[float, int]] = []
 
     def pass_on(signum: int, frame: object) -> None:
         signals.append((time.monotonic(), signum))
         insisting = signals[-1][0] - signals[0][0] > REPEAT_SECONDS
-        for process in filter(mp.Process.is_alive, processes):
+        for process in mp.active_children():
             os.kill(process.pid, signal.SIGKILL if insisting else signum)
 
     with tempfile.TemporaryDirectory(prefix="train_ddp-") as folder:
@@ -88,7 +87,6 @@ def launch(worker: Callable[..., None], args: Any, world_size: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         context = mp.spawn(worker, (args, store_path), nprocs=world_size, join=False)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-        processes += context.processes
         if signals:  # came too early to be passed on
             pass_on(signals[0][1], None)
         try:

@@ -70,7 +70,8 @@ def alternate(
         args = argparse.Namespace(seed=0, batch_size=BATCH, world_size=world_size)
         args.epochs, args.lr, args.save_every = 1, train_ddp.BASE_LR, None
         part = Dataset(name, part, test)
-        run = train_ddp.create_run(args, {}, part, create_model(0), {}, device)
+        progress = train_ddp.Progress()
+        run = train_ddp.create_run(args, part, create_model(0), progress, [], device)
         images, labels = train.images[:BATCH].clone(), train.labels[:BATCH].clone()
         model = create_model(0)
         optimizers = create_optimizers(model)
@@ -235,7 +236,7 @@ def one_round(data_dir: Path, seed: int) -> dict[str, float]:
     alone, pair = layout(data_dir, 1), layout(data_dir, 2)
     two, record = trainer(data_dir, 2, seed), finish(child("fast", data_dir))
     one, common = trainer(data_dir, 1, seed), finish(child("usual", data_dir))
-    torch, first = seconds("import torch"), startup(data_dir)
+    plain, first = seconds("import torch"), startup(data_dir)
     # DDP's constructor and the optimizers import this. To the first step, nothing is torn down.
     floor = seconds("import os, torch, torch._dynamo; os._exit(0)")
     return {
@@ -256,9 +257,9 @@ def one_round(data_dir: Path, seed: int) -> dict[str, float]:
         "train_mnist_fast recipe, test accuracy, %": 100 * record["accuracy"],
         "2 ranks: trainer / train_mnist_fast, time": two["seconds"] / record["seconds"],
         "1 process: command to first step, s": first,
-        "import torch, s": torch,
+        "import torch, s": plain,
         "import torch and torch._dynamo, no exit, s": floor,
-        "1 process: start-up / import torch": first / torch,
+        "1 process: start-up / import torch": first / plain,
         "1 process: start-up / import torch, torch._dynamo": first / floor,
         "1 process: rerun of a finished training, s": one["rerun"],
         "2 ranks: rerun of a finished training, s": two["rerun"],

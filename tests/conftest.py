@@ -97,6 +97,14 @@ def alive(pid: int) -> bool:
         return False
 
 
+def runs(pid: int, word: str) -> bool:
+    """Whether the command line of a process contains `word`."""
+    try:
+        return word.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False  # it has just ended
+
+
 def processes(mark: Path) -> list[int]:
     """All living processes that were started with MARK=mark, orphans too."""
     found = []

@@ -23,6 +23,7 @@ from conftest import (
     newest,
     processes,
     run,
+    runs,
     wait_until,
 )
 
@@ -480,17 +481,9 @@ def imports_torch(pid: int, worker: bool = True) -> bool:
     """Whether a launcher or a worker (not one that torchrun has only forked) does or did."""
     process = Path(f"/proc/{pid}")
     try:
-        if worker and b"torch.distributed.run" in (process / "cmdline").read_bytes():
+        if worker and runs(pid, "torch.distributed.run"):
             return False
         return "libtorch_cpu" in (process / "maps").read_text()
-    except OSError:
-        return False
-
-
-def is_spawned(pid: int) -> bool:
-    """Whether this is a worker of ours, and not multiprocessing's own helper."""
-    try:
-        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
 
@@ -506,7 +499,9 @@ def test_ctrl_c_during_start_up_leaves_at_once(torchrun, moment, tmp_path, start
     """While torch is imported and while ranks meet, with no traceback of ours."""
     job = start(launched(torchrun, *JOB), MARK=str(tmp_path))
     if moment == "interpreter":  # of the first worker, which has not read our code yet
-        wait_until(lambda: any(map(is_spawned, job.workers())), 60, job)
+        wait_until(
+            lambda: any(runs(pid, "spawn_main") for pid in job.workers()), 60, job
+        )
     elif moment == "launcher":
         wait_until(lambda: imports_torch(job.process.pid, worker=False), 60, job)
     elif moment == "worker":

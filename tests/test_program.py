@@ -607,7 +607,9 @@ def test_ddp_is_told_of_its_gpu_and_only_of_a_gpu(monkeypatch, device):
         digits, model = Digits(*map(Movable, digits)), Movable(model)
     monkeypatch.setattr(train_ddp, "DistributedDataParallel", fake_ddp)
     device, data = device or torch.device("cpu"), Dataset("none", digits, digits)
-    created = train_ddp.create_run(SimpleNamespace(), {}, data, model, {}, device)
+    progress = train_ddp.Progress()
+    args = SimpleNamespace()
+    created = train_ddp.create_run(args, data, model, progress, [], device)
     assert told == [[1] if device.type == "cuda" else None]
     assert isinstance(created.data.train.images, torch.Tensor)  # has been moved
 

@@ -24,6 +24,7 @@ from conftest import (
     in_ranks,
     newest,
     run,
+    runs,
     wait_until,
 )
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -80,9 +81,8 @@ def wait_for_progress(job, folder: Path) -> None:
 def trainers(job) -> list[int]:
     """The ranks' pids, in order of their start; not those of torchrun or other helpers."""
     pids = [job.process.pid, *job.workers()]
-    lines = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids}
-    ranks = [pid for pid in pids if b"spawn_main" in lines[pid]]
-    return ranks or [pid for pid in pids if b"distributed.run" not in lines[pid]]
+    ranks = [pid for pid in pids if runs(pid, "spawn_main")]
+    return ranks or [pid for pid in pids if not runs(pid, "distributed.run")]
 
 
 # Interrupted
@@ -227,14 +227,12 @@ def arguments(batch_size: int, **more) -> SimpleNamespace:
 
 def create_run(args, digits, checkpoint: Path | None = None) -> train_ddp.Run:
     """A run from scratch, or one that takes up a checkpoint, as `train` creates it."""
-    names = "seed", "epochs", "batch_size", "world_size", "lr"
-    settings = {"data": digits.name} | {name: getattr(args, name) for name in names}
+    settings = train_ddp.settings_of(args, digits)
     found = (str(checkpoint), checkpoint.read_bytes()) if checkpoint else None
     model = create_model(args.seed)
-    path, state = train_ddp.load_newest(found, model, settings, dist.group.WORLD)
+    path, *rest = train_ddp.load_newest(found, model, settings, dist.group.WORLD)
     assert path == (str(checkpoint) if checkpoint else None)
-    device = torch.device("cpu")
-    return train_ddp.create_run(args, settings, digits, model, state, device)
+    return train_ddp.create_run(args, digits, model, *rest, torch.device("cpu"))
 
 
 def copies(tensors) -> list[torch.Tensor]:
