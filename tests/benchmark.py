@@ -1,13 +1,19 @@
-"""Measure the trainer against the limit of the machine and against the usual ways.
+"""Measure the trainer against the limit of the machine and against a fast recipe.
 
     python tests/benchmark.py --data_dir FOLDER_WITH_FULL_MNIST [--rounds 3]
+    python tests/benchmark.py --quick    to check that it works; its figures mean nothing
 
 Every figure is taken once in each round, in turn, so that a slow minute of the machine hits
-all of them alike. Printed are the median and the range over the rounds, and ratios that are
-formed within each round. Needs about two minutes a round on two cores.
+all alike. Ratios are formed within a round. Takes two minutes a round on two cores.
+
+"Bare steps" are what the trainer computes and nothing else: the same model, optimizer and
+batches, without DDP, loader, logging or saving. With two ranks, each takes them for itself.
 """
 
 import argparse
+import contextlib
+import copy
+import functools
 import json
 import os
 import platform
@@ -17,289 +23,307 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
+from typing import NoReturn
+
+# Before torch is imported: figures for CPUs, with one thread per rank.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.pop("OMP_NUM_THREADS", None)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-SCRIPT = str(ROOT / "train_ddp.py")
-BATCH = 64
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader
+
+import data
+import train_ddp
+import utils
+from train_ddp import LABEL_SMOOTHING, Progress, Run, train_epoch, train_step
+
+BATCH = 64  # images per rank and step
+Arm = Callable[[], None]
 
 
-def child(arm: str, data_dir: Path) -> list[str]:
-    """The command that runs one arm of the benchmark in a process of its own."""
-    return [sys.executable, __file__, "--data_dir", str(data_dir), "--arm", arm]
-
-
-def finish(command: list[str]) -> dict:
-    """Run such a command; return what it has measured, its last line."""
-    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(output.stdout.splitlines()[-1])
-
-
-def layout(data_dir: Path, world_size: int, blocks: int = 15, steps: int = 40) -> dict:
-    """Alternate the trainer's loop with bare steps on the same ranks; return their rates."""
-    from torch import multiprocessing
-
+def compare_loops(data_dir: Path, quick: bool, world_size: int) -> NoReturn:
+    """Set up the program with `world_size` ranks, but measure where it would train."""
+    blocks, steps = (1, 4) if quick else (12, 40)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (world_size, data_dir, folder, blocks, steps)
-        multiprocessing.spawn(alternate, arguments, world_size)
-        return json.loads(Path(folder, "result").read_text())
+        command = program(data_dir, folder, epochs=1, world_size=world_size, seed=0)
+        # A low rate: units that die leave denormal numbers, which are slow to compute.
+        sys.argv[1:] = [*command[2:], "--lr", "0.0001"]
+        args = train_ddp.parse_args()
+        train_ddp.settle_world_size(args)
+        utils.launch(functools.partial(measuring_rank, blocks, steps), args, world_size)
 
 
-def alternate(
-    rank: int, world_size: int, data_dir: Path, folder: str, blocks: int, steps: int
-) -> None:
-    """As one rank: time blocks of whole training, of its steps on one resident batch, and of
-    such steps without DDP, in which nobody else takes part."""
-    import torch.distributed as dist
-    import torch.nn.functional as F
+def measuring_rank(blocks: int, steps: int, rank: int, args, store_path) -> NoReturn:
+    """Be a rank of the program that has few images, and measures in place of an epoch."""
 
-    import train_ddp
-    import utils
-    from data import Dataset, Digits, load_mnist
-    from model import create_model, create_optimizers, optimizer_step
+    def load_part(data_dir: Path, may_download: bool = False):
+        name, train_set, test_set = data.load_data(data_dir, may_download)
+        part = slice(args.world_size * BATCH * steps)
+        images, labels = train_set.images[part], train_set.labels[part]
+        return name, data.Digits(images, labels), test_set
 
-    size = str(world_size)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    store = dist.FileStore(f"{folder}/store", world_size)
-    with utils.process_group(store) as device:
-        name, train, test = load_mnist(data_dir)
-        part = Digits(*(t[: world_size * BATCH * steps] for t in train))
-        args = argparse.Namespace(seed=0, batch_size=BATCH, world_size=world_size)
-        args.epochs, args.lr, args.save_every = 1, train_ddp.BASE_LR, None
-        part = Dataset(name, part, test)
-        progress = train_ddp.Progress()
-        run = train_ddp.create_run(args, part, create_model(0), progress, [], device)
-        images, labels = train.images[:BATCH].clone(), train.labels[:BATCH].clone()
-        model = create_model(0)
-        optimizers = create_optimizers(model)
-        nobody = argparse.Namespace(signum=0)
+    def measure(run, ddp, loader, stop) -> NoReturn:
+        rates = time_arms(create_arms(run, ddp, loader, stop), blocks, BATCH * steps)
+        if rank == 0:
+            print(json.dumps(summarize(rates)), flush=True)
+        sys.exit()
 
-        def loop() -> None:
-            run.progress = train_ddp.Progress()
-            train_ddp.train_epoch(run, nobody)
+    train_ddp.load_data, train_ddp.train_epoch = load_part, measure
+    train_ddp.run_rank(rank, args, store_path)
 
-        def ddp() -> None:
-            for _ in range(steps):
-                count = world_size * BATCH
-                train_ddp.train_step(
-                    run, images, labels, count, train_ddp.BASE_LR / 100
-                )
 
-        def bare() -> None:
-            for _ in range(steps):
-                smoothing = train_ddp.LABEL_SMOOTHING
-                loss = F.cross_entropy(
-                    model(images), labels, label_smoothing=smoothing, reduction="sum"
-                )
-                (loss / BATCH).backward()
-                optimizer_step(model, optimizers, train_ddp.BASE_LR / 100)
+def create_arms(run: Run, ddp: nn.Module, loader: DataLoader, stop) -> dict[str, Arm]:
+    """Return what is to be compared; each call takes the steps of one short epoch."""
+    sampler, batches = loader.sampler, list(loader)
+    half = DataLoader(loader.dataset, BATCH // 2, sampler=sampler, collate_fn=tuple)
+    model, optimizer = copy.deepcopy((run.model, run.optimizer))
+    model.train()
+    gradients = torch.zeros(sum(p.numel() for p in model.parameters()))
 
-        rates = []
-        for _ in range(blocks + 1):
-            rates.append([])
-            for work in loop, ddp, bare:
+    def loop(loader: DataLoader) -> None:
+        run.progress = Progress()
+        sampler.set_epoch(0)
+        loader.dataset.set_epoch(run.args.seed, 0)
+        train_epoch(run, ddp, loader, stop)
+
+    def ddp_steps() -> None:
+        for batch in batches:
+            train_step(ddp, run.optimizer, batch)
+
+    def bare_steps() -> None:
+        loss_function = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
+        for images, labels in batches:
+            loss_function(model(images), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def all_reduce() -> None:
+        for _ in batches:
+            dist.all_reduce(gradients)
+
+    arms = {"loop": functools.partial(loop, loader), "ddp": ddp_steps}
+    arms |= {"bare": bare_steps, "busy": arms["loop"], "all_reduce": all_reduce}
+    if run.args.world_size == 2:
+        arms["half"] = functools.partial(loop, half)
+    return arms
+
+
+def time_arms(arms: dict[str, Arm], blocks: int, images: int) -> dict[str, list[float]]:
+    """Run the arms in turn; return images/s of all ranks together, by arm and block."""
+    rates = {name: [] for name in arms}
+    for _ in range(1 + blocks):
+        for name, work in arms.items():
+            busy = name == "busy" and dist.get_rank() == 0
+            with spinning_process() if busy else contextlib.nullcontext():
                 dist.barrier()
                 start = time.perf_counter()
                 work()
-                rates[-1].append(BATCH * steps / (time.perf_counter() - start))
-        sums = [
-            [sum(r) for r in zip(*ranks)]
-            for ranks in zip(*utils.gather(rates, dist.group.WORLD))
-        ]
-        if rank == 0:
-            median = statistics.median
-            loops, ddps, bares = zip(*sums[1:])  # the first block warms up
-            result = {"loop": median(loops), "bare": median(bares)}
-            result["ratio"] = median(a / b for a, b in zip(loops, bares))
-            result["ddp"] = median(a / b for a, b in zip(ddps, bares))
-            Path(folder, "result").write_text(json.dumps(result))
+                rates[name].append(images / (time.perf_counter() - start))
+    sums = torch.tensor(list(rates.values()), dtype=torch.float64)
+    dist.all_reduce(sums)
+    return dict(zip(arms, sums[:, 1:].tolist()))  # the first block warms up
 
 
-def usual(data_dir: Path, steps: int = 150) -> dict:
-    """Train our model the common way: a transform per image in two DataLoader workers."""
-    import torch
-    import torch.nn.functional as F
-    from torch.utils.data import DataLoader
-    from torchvision import datasets, transforms
-
-    from data import MAX_SHIFT
-    from model import create_model, create_optimizers, optimizer_step
-    from train_ddp import BASE_LR, LABEL_SMOOTHING
-
-    augment = transforms.Compose(
-        [transforms.RandomCrop(28, padding=MAX_SHIFT), transforms.PILToTensor()]
-    )
-    loader = DataLoader(
-        datasets.MNIST(data_dir, transform=augment),
-        batch_size=2 * BATCH,
-        shuffle=True,
-        num_workers=2,
-        drop_last=True,
-    )
-    torch.set_num_threads(2)
-    model = create_model(0)
-    optimizers = create_optimizers(model)
-    done, start = -10, 0.0
-    for images, labels in loader:
-        if done == 0:
-            start = time.perf_counter()
-        loss = F.cross_entropy(
-            model(images.squeeze(1)), labels, label_smoothing=LABEL_SMOOTHING
-        )
-        loss.backward()
-        optimizer_step(model, optimizers, BASE_LR / 100)
-        done += 1
-        if done == steps:
-            break
-    return {"images_per_second": 2 * BATCH * steps / (time.perf_counter() - start)}
+@contextlib.contextmanager
+def spinning_process() -> Iterator[None]:
+    """Keep one core busy; for a minute at most, should this process be killed meanwhile."""
+    code = "import time; print(flush=True); end = time.time() + 60\n"
+    command = [sys.executable, "-c", code + "while time.time() < end: pass"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        try:
+            yield
+        finally:
+            process.kill()
 
 
-def fast(data_dir: Path) -> dict:
-    """One epoch of the recipe of github.com/tuomaso/train_mnist_fast, its last notebook.
+def summarize(rates: dict[str, list[float]]) -> dict[str, float]:
+    """Return the median of each arm, and of ratios that are formed within each block."""
+    figures = {name: statistics.median(values) for name, values in rates.items()}
+    for pair in ("loop", "bare"), ("ddp", "bare"), ("busy", "loop"):
+        ratios = [a / b for a, b in zip(*(rates[name] for name in pair))]
+        figures["/".join(pair)] = statistics.median(ratios)
+    return figures
+
+
+def fast(data_dir: Path, quick: bool) -> None:
+    """Take one epoch of the recipe of github.com/tuomaso/train_mnist_fast, last notebook.
 
     Conv 5x5 of 24 and conv 3x3 of 32 channels, each with a max-pool and ReLU, linear layers
     of 256 and 10; Adam with betas (0.7, 0.9), one-cycle to 0.01, batches of 256, in order.
     """
-    import torch
-    from torch import nn
-
-    from data import load_mnist
-
     torch.set_num_threads(2)
-    data = load_mnist(data_dir)
-    (images, test_images), (labels, test_labels) = (
-        [(d.images.unsqueeze(1).float() / 255 - 0.1307) / 0.3081 for d in data[1:]],
-        [d.labels for d in data[1:]],
-    )
+    _, *sets = data.load_data(data_dir)
+    pixels, labels = [s.images.unsqueeze(1) for s in sets], [s.labels for s in sets]
+    images, test_images = [(p.float() / 255 - 0.1307) / 0.3081 for p in pixels]
     layers = [nn.Conv2d(1, 24, 5), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(24, 32, 3)]
     layers += [nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(800, 256)]
     model = nn.Sequential(*layers, nn.ReLU(), nn.Linear(256, 10))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, betas=(0.7, 0.9))
-    steps = -(-len(labels) // 256)
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.7, 0.9))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 0.01, total_steps=steps, cycle_momentum=False
+        optimizer, 0.01, total_steps=-(-len(images) // 256), cycle_momentum=False
     )
     start = time.perf_counter()
-    for x, y in zip(images.split(256), labels.split(256)):
+    for x, y in zip(images.split(256), labels[0].split(256)):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
         schedule.step()
     seconds = time.perf_counter() - start
     with torch.no_grad():
-        correct = (model(test_images).argmax(1) == test_labels).float().mean()
-    return {"seconds": seconds, "accuracy": float(correct)}
+        correct = (model(test_images).argmax(1) == labels[1]).float().mean()
+    print(json.dumps({"seconds": seconds, "accuracy": float(correct)}))
 
 
-def trainer(data_dir: Path, world_size: int, seed: int) -> dict:
-    """Run the program itself for one epoch; then run it again, with nothing left to do."""
-    with tempfile.TemporaryDirectory() as folder:
-        flags = f"--epochs 1 --world_size {world_size} --seed {seed} --checkpoint_dir"
-        command = [sys.executable, SCRIPT, *flags.split(), folder]
-        command += ["--data_dir", str(data_dir)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        # The largest process: ru_maxrss is in KiB on Linux.
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            raise RuntimeError("the trainer failed")
-        start = time.perf_counter()
-        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
-        rerun = time.perf_counter() - start
-        record = json.loads((Path(folder) / "metrics.jsonl").read_text())
-    return record | {"rerun": rerun, "mb": usage.ru_maxrss / 1024}
-
-
-def seconds(code: str, *flags: object) -> float:
-    """How long a Python process takes that does nothing else."""
-    command = [sys.executable, "-c", code, *map(str, flags)]
+def seconds_of(command: list[str], folder: str | None = None) -> float:
+    """Return how long a command takes; its temporary files go to `folder`, if given."""
+    env = os.environ | ({"TMPDIR": folder} if folder else {})
     start = time.perf_counter()
-    subprocess.run(command, stdout=subprocess.DEVNULL, check=True, cwd=ROOT)
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True, cwd=ROOT, env=env)
     return time.perf_counter() - start
 
 
-def startup(data_dir: Path) -> float:
-    """From the command to the first training step, in place of which the process ends."""
-    code = """
-import os, train_ddp, utils
-train_ddp.train_step = lambda *_: os._exit(0)
-args = train_ddp.parse_args()
-utils.launch(train_ddp.work, args, args.world_size)"""
+def first_step(data_dir: Path) -> float:
+    """Return the seconds from the command to the first training step, which exits."""
+    code = "import os, train_ddp; train_ddp.train_step = lambda *_: os._exit(0)\n"
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--world_size", 1, "--data_dir", data_dir.resolve()]
-        return seconds(code, *flags, "--checkpoint_dir", folder)
+        command = program(data_dir, folder, epochs=1, world_size=1, seed=0)
+        command[1:2] = "-c", code + "train_ddp.main()"
+        return seconds_of(command, folder)
 
 
-def one_round(data_dir: Path, seed: int) -> dict[str, float]:
-    alone, pair = layout(data_dir, 1), layout(data_dir, 2)
-    two, record = trainer(data_dir, 2, seed), finish(child("fast", data_dir))
-    one, common = trainer(data_dir, 1, seed), finish(child("usual", data_dir))
-    plain, first = seconds("import torch"), startup(data_dir)
-    # DDP's constructor and the optimizers import this. To the first step, nothing is torn down.
-    floor = seconds("import os, torch, torch._dynamo; os._exit(0)")
+def program(data_dir: Path, folder: str, epochs: int, world_size: int, seed: int):
+    """Return the command that runs the trainer itself."""
+    flags = f"--epochs {epochs} --world_size {world_size} --seed {seed}".split()
+    flags += ["--batch_size", str(BATCH), "--data_dir", str(data_dir)]
+    script = str(ROOT / "train_ddp.py")
+    return [sys.executable, script, *flags, "--checkpoint_dir", folder]
+
+
+def peak_memory(command: list[str]) -> float:
+    """Run a command; return the peak memory of the largest of its processes, in MB."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, process.returncode, usage = os.wait4(process.pid, 0)
+    if process.returncode:
+        raise RuntimeError("the trainer failed")
+    return usage.ru_maxrss / 1024  # KiB on Linux
+
+
+def whole_programs(data_dir: Path, seed: int) -> dict[str, float]:
+    """Train one epoch, do it again with nothing left to do, and train three epochs."""
+    with tempfile.TemporaryDirectory() as folder:
+        memory = peak_memory(program(data_dir, folder, 1, 2, seed))
+        record = json.loads(Path(folder, "metrics.jsonl").read_text())
+        rerun = seconds_of(program(data_dir, folder, 1, 1, seed))
+    with tempfile.TemporaryDirectory() as folder:
+        memory3 = peak_memory(program(data_dir, folder, 3, 2, seed))
+    return record | {"rerun": rerun, "memory": memory, "memory3": memory3}
+
+
+def one_round(data_dir: Path, quick: bool, seed: int) -> dict[str, float]:
+    """Take every figure once."""
+    one, two = (run_arm(arm, data_dir, quick) for arm in ("one_rank", "two_ranks"))
+    trained, recipe = whole_programs(data_dir, seed), run_arm("fast", data_dir, quick)
+    started, rerun = first_step(data_dir), trained["rerun"]
+    plain = seconds_of([sys.executable, "-c", "import torch"])
+    # What a first step needs of torch, and the same abrupt end: DDP imports torch._dynamo.
+    code = "import os, torch, torch._dynamo; os._exit(0)"
+    floor = seconds_of([sys.executable, "-c", code])
+    ratio = trained["seconds"] / recipe["seconds"]
+    memory, memory3 = trained["memory"], trained["memory3"]
+    step, all_reduce = (2 * BATCH / two[arm] for arm in ("loop", "all_reduce"))  # s
     return {
-        "1 process: trainer's loop, images/s": alone["loop"],
-        "1 process: bare steps, images/s": alone["bare"],
-        "1 process: loop / bare steps": alone["ratio"],
-        "1 process: bare steps through DDP / bare steps": alone["ddp"],
-        "2 ranks: trainer's loop, images/s": pair["loop"],
-        "2 ranks: bare steps, each for itself, images/s": pair["bare"],
-        "2 ranks: loop / bare steps": pair["ratio"],
-        "2 ranks: bare steps through DDP / bare steps": pair["ddp"],
-        "usual pipeline (transforms, DataLoader), images/s": common[
-            "images_per_second"
-        ],
-        "2 ranks: one epoch of training, s": two["seconds"],
-        "2 ranks: test accuracy after it, %": 100 * two["test_accuracy"],
-        "train_mnist_fast recipe, one epoch, s": record["seconds"],
-        "train_mnist_fast recipe, test accuracy, %": 100 * record["accuracy"],
-        "2 ranks: trainer / train_mnist_fast, time": two["seconds"] / record["seconds"],
-        "1 process: command to first step, s": first,
+        "1 rank: trainer's loop, images/s": one["loop"],
+        "2 ranks: trainer's loop, images/s": two["loop"],
+        "2 ranks / 1 rank, images/s (goal 1.7)": two["loop"] / one["loop"],
+        "2 ranks x 32 / 1 rank x 64 images, steps/s": two["half"] / one["loop"],
+        "1 rank: bare steps, images/s": one["bare"],
+        "1 rank: loop / bare steps (goal 0.93)": one["loop/bare"],
+        "1 rank: bare steps through DDP / bare steps": one["ddp/bare"],
+        "2 ranks: bare steps, each for itself, images/s": two["bare"],
+        "2 ranks: loop / bare steps (goal 0.88)": two["loop/bare"],
+        "2 ranks: bare steps through DDP / bare steps": two["ddp/bare"],
+        "2 ranks: one all-reduce of the parameters, ms": 1000 * all_reduce,
+        "2 ranks: all-reduce / step, time": all_reduce / step,
+        "1 rank: busy / quiet machine, images/s (goal 0.33)": one["busy/loop"],
+        "2 ranks: busy / quiet machine, images/s (goal 0.33)": two["busy/loop"],
+        "2 ranks: one epoch, s": trained["seconds"],
+        "2 ranks: test accuracy after it, %": 100 * trained["test_accuracy"],
+        "train_mnist_fast, one epoch, s": recipe["seconds"],
+        "train_mnist_fast, test accuracy, %": 100 * recipe["accuracy"],
+        "2 ranks: epoch / train_mnist_fast, time (goal 0.45)": ratio,
         "import torch, s": plain,
-        "import torch and torch._dynamo, no exit, s": floor,
-        "1 process: start-up / import torch": first / plain,
-        "1 process: start-up / import torch, torch._dynamo": first / floor,
-        "1 process: rerun of a finished training, s": one["rerun"],
-        "2 ranks: rerun of a finished training, s": two["rerun"],
-        "2 ranks: peak memory of a rank, MB": two["mb"],
+        "import torch and torch._dynamo, s": floor,
+        "command to first step, s": started,
+        "command to first step / import both (goal 1.1)": started / floor,
+        "rerun of a finished training, s": rerun,
+        "rerun of a finished training / import torch (goal 2)": rerun / plain,
+        "peak memory of a rank, 1 epoch, MB": memory,
+        "peak memory of a rank, 3 epochs, MB": memory3,
+        "peak memory, 3 epochs / 1 epoch (goal 1)": memory3 / memory,
     }
 
 
-def cpu_name() -> str:
-    try:
-        names = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        return names[1]
-    except (OSError, TypeError):
-        return platform.machine()
+def run_arm(arm: str, data_dir: Path, quick: bool) -> dict[str, float]:
+    """Run one arm in a process of its own; return what it has measured, its last line."""
+    command = [sys.executable, __file__, "--data_dir", str(data_dir), "--arm", arm]
+    output = subprocess.check_output(command + ["--quick"] * quick, text=True)
+    return json.loads(output.splitlines()[-1])
+
+
+def machine() -> str:
+    """Return what the figures depend on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    cpu = [*re.findall(r"model name\s*: (.*)", text), platform.machine()][0]
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{date.today()}, {versions}, {os.cpu_count()} x {cpu}"
+
+
+def print_table(rounds: list[dict[str, float]]) -> None:
+    print(f"{'':55}{'median':>10}{'lowest':>10}{'highest':>10}")
+    for name in rounds[0]:
+        values = [figures[name] for figures in rounds]
+        cells = statistics.median(values), min(values), max(values)
+        digits = 0 if cells[0] >= 1000 else 2
+        print(f"{name:55}" + "".join(f"{value:>10,.{digits}f}" for value in cells))
+
+
+ARMS = {
+    "one_rank": functools.partial(compare_loops, world_size=1),
+    "two_ranks": functools.partial(compare_loops, world_size=2),
+    "fast": fast,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--data_dir", type=Path, default=data.SAMPLE_DIR)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--arm", choices=["usual", "fast"])
+    parser.add_argument("--quick", action="store_true", help="few steps, one round")
+    parser.add_argument("--arm", choices=ARMS, help="for the processes that it starts")
     args = parser.parse_args()
+    data_dir = args.data_dir.resolve()
     if args.arm:
-        print(json.dumps(globals()[args.arm](args.data_dir)), flush=True)
-        return
-    import torch
-
-    print(
-        f"{date.today()}, torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{os.cpu_count()} x {cpu_name()}, {args.rounds} rounds"
-    )
+        return ARMS[args.arm](data_dir, args.quick)
+    if not args.quick and data_dir == data.SAMPLE_DIR:
+        parser.error("--data_dir is needed, unless --quick is set")
+    count = 1 if args.quick else args.rounds
+    name, _, _ = data.load_data(data_dir, may_download=True)
+    print(f"{machine()}, {name}, rounds: {count}", flush=True)
     rounds = []
-    for number in range(args.rounds):
-        rounds.append(one_round(args.data_dir, number))
-        print(f"round {number + 1} of {args.rounds} done", file=sys.stderr, flush=True)
-    print(f"{'':52}{'median':>10}{'lowest':>10}{'highest':>10}")
-    for name in rounds[0]:
-        values = [figures[name] for figures in rounds]
-        digits = 0 if statistics.median(values) >= 1000 else 2
-        cells = statistics.median(values), min(values), max(values)
-        print(f"{name:52}" + "".join(f"{value:>10,.{digits}f}" for value in cells))
+    for number in range(count):
+        rounds.append(one_round(data_dir, args.quick, number))
+        print(f"round {number + 1} of {count} done", file=sys.stderr, flush=True)
+    print_table(rounds)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,13 @@ import tempfile
 import time
 from pathlib import Path
 
+# Before torch is imported: the tests are about processes on a CPU, with one thread each.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.pop("OMP_NUM_THREADS", None)
+
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_ddp.py"
@@ -18,9 +23,7 @@ SAMPLE = ROOT / "tests" / "mnist_sample"
 sys.path.insert(0, str(ROOT))
 
 
-def command(
-    *flags: object, torchrun: int | None = None, data: bool = True
-) -> list[str]:
+def command(*flags: object, torchrun: int = 0, data: bool = True) -> list[str]:
     """The command line; with `torchrun`, started by torchrun with so many processes."""
     launcher = [sys.executable]
     if torchrun:
@@ -31,14 +34,9 @@ def command(
 
 def run(cmd: list[str], cwd: Path, timeout: float = 120, **env: str):
     """Run to the end; the result has returncode, stdout and stderr."""
+    env, captured = os.environ | env, {"capture_output": True, "text": True}
     return subprocess.run(
-        cmd,
-        cwd=cwd,
-        env=os.environ | env,
-        timeout=timeout,
-        capture_output=True,
-        text=True,
-        check=False,
+        cmd, check=False, cwd=cwd, env=env, timeout=timeout, **captured
     )
 
 
@@ -46,19 +44,20 @@ class Started:
     """A running command in a process group of its own, as a shell would start it."""
 
     def __init__(self, cmd: list[str], cwd: Path, **env: str) -> None:
-        self.log = (cwd / f"log-{time.monotonic_ns()}").open("w+")
-        self.process = subprocess.Popen(
-            cmd,
-            cwd=cwd,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"} | env,
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        self.log = cwd / f"log-{time.monotonic_ns()}"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                cmd,
+                cwd=cwd,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | env,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
     def output(self) -> str:
-        self.log.seek(0)
-        return self.log.read()
+        # Not through the child's handle: to seek would move where it writes next.
+        return self.log.read_text()
 
     def wait_for(self, pattern: str, timeout: float = 60) -> re.Match:
         """Poll the output until it matches."""
@@ -68,7 +67,7 @@ class Started:
         return self.process.wait(timeout)
 
     def workers(self) -> list[int]:
-        """The pids of all processes below this one that run Python code of the trainer."""
+        """The pids of all processes below this one."""
         return descendants(self.process.pid)
 
 
@@ -141,23 +140,13 @@ def newest(folder: Path) -> dict:
 def checksum(folder: Path) -> str:
     """SHA-256 of model, optimizer and the losses in the newest checkpoint of `folder`."""
     state = newest(folder)
-    digest = hashlib.sha256()
-
-    def add(item: object) -> None:
-        if isinstance(item, dict):
-            for key, value in item.items():
-                add(key), add(value)
-        elif isinstance(item, list | tuple):
-            for value in item:
-                add(value)
-        elif isinstance(item, torch.Tensor):
-            digest.update(item.contiguous().numpy().tobytes())
-        else:
-            digest.update(repr(item).encode())
-
-    add([state["model"], state["optimizers"]])
     keys = "epoch", "step", "train_loss", "test_loss", "correct", "total"
-    add([[record[key] for key in keys] for record in state["progress"]["history"]])
+    records = [[record[key] for key in keys] for record in state["progress"]["history"]]
+    leaves, shape = tree_flatten([state["model"], state["optimizer"], records])
+    digest = hashlib.sha256(repr(shape).encode())
+    for leaf in leaves:
+        tensor = isinstance(leaf, torch.Tensor)
+        digest.update(leaf.numpy().tobytes() if tensor else repr(leaf).encode())
     return digest.hexdigest()
 
 
@@ -178,7 +167,7 @@ def start(tmp_path):
         one.process.wait()
 
 
-torch.set_num_threads(1)  # more would wait for each other on busy cores
+torch.set_num_threads(1)  # as the program does: more would spin and starve each other
 
 # Forked from a process that has imported torch already, ranks start in no time.
 torch.multiprocessing.get_context("forkserver").set_forkserver_preload(
@@ -204,8 +193,5 @@ def _rank(rank: int, world_size: int, folder: str, function, args: tuple) -> Non
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-    os.environ["OMP_NUM_THREADS"] = "1"  # more would wait for each other on busy cores
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(f"{folder}/store", world_size)
-    with utils.process_group(store):
+    with utils.process_group(f"{folder}/store"):
         torch.save(function(*args), f"{folder}/result{rank}")

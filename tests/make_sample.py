@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 PER_CLASS = {"train": 1000, "t10k": 200}
-TARGET = Path(__file__).parent / "mnist_sample"
+TARGET = Path(__file__).parent / "mnist_sample" / "MNIST" / "raw"
 
 
 def main() -> None:

@@ -4,21 +4,23 @@ import gzip
 import hashlib
 import os
 import socket
+import tempfile
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import SAMPLE, in_ranks
+from torch.utils.data import DataLoader, Dataset
 
 import data
 import train_ddp
-from data import Digits, batches, load_mnist, shift
+from data import FILES, Digits, ShardSampler, load_data, shift
 from utils import UserError
+
+FULL = "MNIST 200+50 "  # how the name of the small set below begins
 
 
 def numbered(total: int) -> Digits:
@@ -28,114 +30,121 @@ def numbered(total: int) -> Digits:
     return Digits(images.to(torch.uint8), torch.arange(total))
 
 
-@pytest.fixture
-def deal(monkeypatch):
-    """Run `batches` as each of `world_size` ranks: [rank][step] -> (images, labels, count)."""
-
-    def ranks(world_size: int, *args) -> list[list[tuple]]:
-        monkeypatch.setattr(dist, "get_world_size", lambda: world_size)
-        dealt = []
-        for rank in range(world_size):
-            monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
-            dealt.append(list(batches(*args)))
-        return dealt
-
-    return ranks
+def deal(
+    world_size: int, digits: Digits, size: int, seed: int, epoch: int, start: int = 0
+) -> list[list[tuple]]:
+    """Load as each of `world_size` ranks, as `train` does: [rank][step] -> (images, labels)."""
+    digits.set_epoch(seed, epoch)
+    dealt = []
+    for rank in range(world_size):
+        sampler = ShardSampler(digits, world_size, rank, seed=seed)
+        sampler.set_epoch(epoch, start)
+        loader = DataLoader(digits, size, sampler=sampler, collate_fn=tuple)
+        dealt.append(list(loader))
+        assert len(loader) == len(dealt[-1])
+    return dealt
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("total", [96, 97, 98, 99, 100, 2])
-def test_each_step_takes_the_next_images_of_one_permutation(deal, world_size, total):
+def test_each_step_takes_the_next_images_of_one_permutation(world_size, total):
     """From any start, whole or not, no image twice and fewer than world_size left out."""
     digits, size = numbered(total), 8
     [whole] = deal(1, digits, size, 5, 3)
-    order = torch.cat([labels for _, labels, _ in whole])
-    pictures = dict(zip(order.tolist(), torch.cat([images for images, *_ in whole])))
+    order = torch.cat([labels for _, labels in whole])
+    pictures = dict(zip(order.tolist(), torch.cat([images for images, _ in whole])))
     assert sorted(order) == list(range(total))
-    for start in {0, 1, 7, 32, 48, total - 1, total}:
-        if start > total:
-            continue
+    for start in {0, 1, 7, 32, 48, total - 1, total} & {*range(total + 1)}:
         position = start
         for step in zip(*deal(world_size, digits, size, 5, 3, start), strict=True):
-            got = torch.cat([labels for _, labels, _ in step])
             expected = order[position : position + world_size * size]
             usable = len(expected) // world_size * world_size
-            assert sorted(got) == sorted(expected[:usable])
-            assert {len(labels) for _, labels, _ in step} == {usable // world_size}
-            assert {count for *_, count in step} == {usable}
-            for images, labels, _ in step:  # the same shift, whoever takes the image
-                assert all(
-                    image.equal(pictures[label.item()])
-                    for image, label in zip(images, labels)
-                )
+            for rank, (images, labels) in enumerate(step):
+                assert torch.equal(labels, expected[rank:usable:world_size])
+                # The same shift, whichever rank takes the image.
+                same = [pictures[label] for label in labels.tolist()]
+                assert torch.equal(images, torch.stack(same))
             position += usable
         assert 0 <= total - position < world_size
 
 
-def test_rank_zero_and_one_share_each_step_of_the_documented_order(deal):
-    digits = numbered(50)
-    [whole] = deal(1, digits, 50, 0, 0)
-    first, second = deal(2, digits, 10, 0, 0)
-    assert torch.equal(first[0][1], whole[0][1][0:20:2])
-    assert torch.equal(second[0][1], whole[0][1][1:20:2])
-
-
-def test_order_and_shifts_follow_from_seed_and_epoch_alone(deal):
+def test_order_and_shifts_follow_from_seed_and_epoch_alone():
     digits = numbered(1000)
     first = deal(1, digits, 1000, 0, 0)[0][0]
-    torch.rand(7)  # the global generator has no say in it
+    torch.rand(7)  # the global generator has no influence
     again = deal(1, digits, 1000, 0, 0)[0][0]
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
     for seed, epoch in [(0, 1), (1, 0), (1, 1)]:
         other = deal(1, digits, 1000, seed, epoch)[0][0]
         assert (first[1] == other[1]).sum() < 20  # 1 of 1000 agrees by chance
-        assert not torch.equal(
-            first[0][first[1].argsort()], other[0][other[1].argsort()]
-        )
+        pairs = zip(first[0][first[1].argsort()], other[0][other[1].argsort()])
+        assert sum(a.equal(b) for a, b in pairs) < 200  # 1 of 9 shifts by chance
 
 
-def test_what_is_left_out_changes_with_the_epoch(deal):
+def test_what_is_left_out_changes_with_the_epoch():
     left = set()
     for epoch in range(8):
         steps = [step for rank in deal(4, numbered(99), 8, 0, epoch) for step in rank]
-        seen = torch.cat([labels for _, labels, _ in steps]).tolist()
-        left |= {*range(99)} - {*seen}
+        left |= {*range(99)} - {*torch.cat([labels for _, labels in steps]).tolist()}
     assert len(left) > 3
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_start_within_an_epoch_gives_the_rest_of_the_same_batches(deal, world_size):
-    digits = numbered(100)
-    whole = deal(world_size, digits, 8, 0, 2)
-    for step in range(1, 4):
-        rest = deal(world_size, digits, 8, 0, 2, step * world_size * 8)
-        for straight, resumed in zip(whole, rest):
-            for one, other in zip(straight[step:], resumed, strict=True):
-                assert torch.equal(one[0], other[0])
-                assert torch.equal(one[1], other[1])
-                assert one[2] == other[2]
+class Squares(Dataset):
+    """A data set as anybody may write it: one item at a time, unknown to data.py."""
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.full((3, 2), index**2), index
 
 
-def test_training_shifts_by_all_distances_up_to_the_limit(deal):
+def load_squares(starts: list[int]) -> list[list[list[int]]]:
+    """Return the batches of this rank, for each epoch and start."""
+    sampler, epochs = ShardSampler(Squares(), seed=1), []
+    loader = DataLoader(Squares(), 4, sampler=sampler, num_workers=2)
+    for epoch, start in enumerate(starts):
+        sampler.set_epoch(epoch, start)
+        epochs.append([])
+        for squares, indices in loader:
+            assert torch.equal(squares[:, 2, 1], indices**2)
+            epochs[-1].append(indices.tolist())
+    return epochs
+
+
+def test_the_sampler_serves_a_data_set_of_ones_own_loaded_by_workers():
+    """Three ranks; an epoch interrupted after four of its steps has the same remainder."""
+    whole = in_ranks(3, load_squares, [0, 0])
+    resumed = in_ranks(3, load_squares, [4 * 3 * 4, 2 * 3 * 4])
+    for rank in range(3):
+        assert resumed[rank] == [whole[rank][0][4:], whole[rank][1][2:]]
+    for epoch in range(2):
+        taken = [index for rank in whole for batch in rank[epoch] for index in batch]
+        assert len(taken) == len({*taken} & {*range(100)}) == 99
+    assert whole[0][0] != whole[0][1]
+
+
+def test_training_shifts_by_all_distances_up_to_the_limit():
     dots = torch.zeros(2000, 28, 28, dtype=torch.uint8)
     dots[:, 14, 14] = 255
-    [[(images, _, _)]] = deal(1, Digits(dots, torch.arange(2000)), 2000, 0, 0)
+    [[(images, _)]] = deal(1, Digits(dots, torch.arange(2000)), 2000, 0, 0)
     places = images.nonzero()[:, 1:].tolist()
     reach = range(14 - data.MAX_SHIFT, 15 + data.MAX_SHIFT)
     assert {(y, x) for y, x in places} == {(y, x) for y in reach for x in reach}
 
 
-def test_shift_agrees_with_a_plain_loop():
+@pytest.mark.parametrize("height, width", [(28, 28), (5, 9)])
+def test_shift_agrees_with_a_plain_loop(height, width):
     reach = range(-data.MAX_SHIFT, data.MAX_SHIFT + 1)
     moves = [(down, across) for down in reach for across in reach]
-    images = numbered(len(moves)).images
+    images = numbered(len(moves)).images[:, :height, :width]
     shifted = shift(images, torch.tensor(moves) + data.MAX_SHIFT)
     expected = torch.zeros_like(images)
     for i, (down, across) in enumerate(moves):
-        for y in range(28):
-            for x in range(28):
-                if 0 <= y + down < 28 and 0 <= x + across < 28:
+        for y in range(height):
+            for x in range(width):
+                if 0 <= y + down < height and 0 <= x + across < width:
                     expected[i, y, x] = images[i, y + down, x + across]
     assert shifted.dtype == torch.uint8
     assert torch.equal(shifted, expected)
@@ -147,22 +156,20 @@ def test_shift_agrees_with_a_plain_loop():
 
 
 @pytest.fixture
-def small(monkeypatch) -> dict[str, bytes]:
-    """Pretend that MNIST is 200 + 50 digits of the sample; return the files by name."""
-    files = {}
-    for name in data.SHA256:
-        content = gzip.decompress((SAMPLE / f"{name}.gz").read_bytes())
+def small() -> dict[str, bytes]:
+    """Four files with 200 + 50 digits of the sample, by name."""
+    files, raw = {}, SAMPLE / "MNIST" / "raw"
+    for name in FILES:
+        content = gzip.decompress((raw / f"{name}.gz").read_bytes())
         count = 200 if name.startswith("train") else 50
         header, size = (16, 784) if "images" in name else (8, 1)
         body = content[8 : header + count * size]
         files[name] = content[:4] + count.to_bytes(4, "big") + body
-        digest = hashlib.sha256(files[name]).hexdigest()
-        monkeypatch.setitem(data.SHA256, name, digest)
     return files
 
 
 def put(files: dict[str, bytes], data_dir: Path) -> Path:
-    raw = data_dir / "MNIST" / "raw"
+    raw = data_dir / data.DATASET / "raw"
     raw.mkdir(parents=True)
     for name, content in files.items():
         (raw / name).write_bytes(content)
@@ -174,8 +181,8 @@ def forbid(*args, **kwargs):
 
 
 def test_the_sample_is_ten_thousand_balanced_real_digits():
-    _, train, test = sample = load_mnist(SAMPLE)
-    assert "sample 10000+2000" in sample.name
+    name, train, test = load_data(SAMPLE)
+    assert name.startswith("MNIST 10000+2000 ")
     for digits, each in (train, 1000), (test, 200):
         assert digits.images.shape == (10 * each, 28, 28)
         assert digits.images.dtype == torch.uint8
@@ -183,99 +190,148 @@ def test_the_sample_is_ten_thousand_balanced_real_digits():
         assert digits.labels.bincount().tolist() == [each] * 10
     mean, deviation = train.images.float().mean(), train.images.float().std()
     assert 32 < mean < 35 and 77 < deviation < 80
-    assert sum(file.stat().st_size for file in SAMPLE.iterdir()) < 2.5e6
+    assert sum(file.stat().st_size for file in SAMPLE.rglob("*.gz")) < 2.5e6
 
 
 def test_data_on_the_disk_needs_no_network_and_no_write(tmp_path, small, monkeypatch):
-    raw = put(small, tmp_path)
+    """Whatever the data set, as the files are or gzipped."""
+    monkeypatch.setattr(data, "DATASET", "FashionMNIST")
     monkeypatch.setattr(socket, "create_connection", forbid)
     monkeypatch.setattr(data, "download", forbid)
+    put(small, tmp_path / "plain")
+    packed = {f"{name}.gz": gzip.compress(content) for name, content in small.items()}
+    put(packed, tmp_path / "packed")
     before = sorted(tmp_path.rglob("*"))
-    name, train, test = load_mnist(tmp_path, may_download=True)
-    assert name.startswith("full MNIST 200+50 ")
-    pixels = (raw / "train-images-idx3-ubyte").read_bytes()[16:]
-    assert train.images.flatten().tolist() == list(pixels)
-    labels = (raw / "t10k-labels-idx1-ubyte").read_bytes()[8:]
-    assert test.labels.tolist() == list(labels)
+    names = set()
+    for folder in "plain", "packed":
+        name, train, test = load_data(tmp_path / folder, may_download=True)
+        names.add(name)
+        assert train.images.flatten().tolist() == list(small[FILES[0]][16:])
+        assert test.labels.tolist() == list(small[FILES[3]][8:])
+    assert len(names) == 1
+    assert name.startswith("FashionMNIST 200+50 ")
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_the_name_of_the_data_changes_with_any_byte(tmp_path, small):
+    names = set()
+    for changed in (None, *FILES):
+        files = dict(small)
+        if changed:
+            files[changed] = files[changed][:-1] + bytes([files[changed][-1] ^ 1])
+        put(files, tmp_path / str(changed))
+        names.add(load_data(tmp_path / str(changed))[0])
+    assert len(names) == 5
+
+
+DAMAGES = {
+    "missing": lambda content: None,
+    "empty": lambda content: b"",
+    "no items": lambda content: content[:4] + bytes(4) + content[8:16],
+    "truncated": lambda content: content[:-1],
+    "too long": lambda content: content + b"0",
+    "wrong magic": lambda content: b"\0\0\x08\2" + content[4:],
+    "a label less": lambda content: (
+        content[:7] + bytes([content[7] - 1]) + content[8:-1]
+    ),
+    "label 10": lambda content: content[:-1] + b"\n",
+    "no gzip": lambda content: b"<html>",
+    "gzip truncated": lambda content: gzip.compress(content)[:-9],
+    "gzip flipped": lambda content: gzip.compress(content)[:-8] + bytes(8),
+}
+
+
 @pytest.mark.parametrize("may_download", [False, True])
-@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "flipped"])
+@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
-def test_a_bad_file_is_named_with_the_cure(
+def test_a_bad_file_is_named_with_the_fix(
     tmp_path, small, monkeypatch, name, damage, may_download
 ):
+    if counted := damage in ("a label less", "label 10"):
+        name = name.replace("images-idx3", "labels-idx1")
     raw = put(small, tmp_path)
     monkeypatch.setattr(data, "download", lambda _: "no network")
-    content = small[name]
-    if damage == "missing":
-        (raw / name).unlink()
-    else:
-        bad = {
-            "empty": b"",
-            "truncated": content[:-1],
-            "flipped": content[:-1] + bytes([content[-1] ^ 1]),
-        }
-        (raw / name).write_bytes(bad[damage])
+    bad = DAMAGES[damage](small[name])
+    (raw / name).unlink()
+    if bad is not None:
+        (raw / (f"{name}.gz" if "gzip" in damage else name)).write_bytes(bad)
     with pytest.raises(UserError) as caught:
-        load_mnist(tmp_path, may_download)
+        load_data(tmp_path, may_download)
     message = str(caught.value)
     assert str(raw / name) in message
-    assert "delete" in message and "rerun" in message
+    assert ("need equally many, from 0 to 9" if counted else f"delete {raw}") in message
     assert "\n" not in message
 
 
-def test_a_folder_that_cannot_be_written_is_named_with_the_cure(tmp_path):
-    (tmp_path / "file").touch()
-    (tmp_path / "locked").mkdir(mode=0o555)
+@pytest.mark.parametrize("place", ["file", "file/x", "locked/x", "hidden/x"])
+def test_a_folder_that_cannot_be_written_is_named_with_the_fix(place):
     user = os.geteuid()
-    for data_dir in (
-        tmp_path / "file",
-        tmp_path / "file" / "x",
-        tmp_path / "locked" / "x",
-    ):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "file").touch()
+        (folder / "locked").mkdir(mode=0o555)
+        (folder / "hidden").mkdir(mode=0)
         try:
             if user == 0:  # root may write anywhere
                 os.seteuid(65534)
             with pytest.raises(UserError) as caught:
-                load_mnist(data_dir, may_download=True)
+                load_data(folder / place, may_download=True)
         finally:
             os.seteuid(user)
-        message = str(caught.value)
-        assert str(data_dir) in message and "--data_dir" in message
-        assert "\n" not in message
+    message = str(caught.value)
+    assert str(folder / place) in message and "--data_dir" in message
+    assert "\n" not in message
+
+
+def load_and_catch(data_dirs: list[Path]) -> str:
+    rank = torch.distributed.get_rank()
+    args = SimpleNamespace(data_dir=data_dirs[rank], world_size=2, batch_size=1)
+    with pytest.raises(UserError) as caught:
+        train_ddp.load_on_every_rank(args)
+    return str(caught.value)
+
+
+def test_a_rank_with_other_or_bad_data_ends_all_with_one_error(tmp_path, small):
+    raw = put(small, tmp_path)
+    errors = in_ranks(2, load_and_catch, [SAMPLE, tmp_path])
+    assert "MNIST 10000+2000 " in errors[0] and FULL in errors[0]
+    assert errors[0] == errors[1]
+    (raw / FILES[2]).write_bytes(b"")
+    errors = in_ranks(2, load_and_catch, [SAMPLE, tmp_path])
+    assert f"{raw / FILES[2]} is damaged" in errors[0]
+    assert errors[0] == errors[1]
 
 
 # The network
 
 
 class Mirror(ThreadingHTTPServer):
-    """Serves files below /good/ and a page of HTML below /page/; /hang/ never answers."""
+    """Serves files below /good/; `broken` ones are a page of HTML. /hang/ never answers."""
 
     daemon_threads = True
 
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files = {f"/good/{n}.gz": gzip.compress(c) for n, c in files.items()}
-        self.asked: list[str] = []
+        self.files = {f"{n}.gz": gzip.compress(c) for n, c in files.items()}
+        self.requested: list[str] = []
+        self.broken: set[str] = set()
         self.closed = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.resources = [
-            (f"{n}.gz", hashlib.md5(self.files[f"/good/{n}.gz"]).hexdigest())
-            for n in files
+            (n, hashlib.md5(content).hexdigest()) for n, content in self.files.items()
         ]
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        self.server.asked.append(self.path)
-        if self.path.startswith("/hang/"):
+        folder, name = self.path[1:].split("/")
+        self.server.requested.append(name)
+        if folder == "hang":
             self.server.closed.wait(60)
             return
-        content = b"<html>Log in to this network</html>"
-        if self.path.startswith("/good/"):
-            content = self.server.files[self.path]
+        page = b"<html>Log in to this network</html>"
+        content = page if name in self.server.broken else self.server.files[name]
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -287,142 +343,79 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def mirror(small, monkeypatch):
-    """A local server of the small MNIST, which is what torchvision and `data` know."""
-    from torchvision.datasets import MNIST  # here, as ranks import this module as well
+    """A local server of the small set; torchvision knows no other."""
+    from torchvision.datasets import MNIST, FashionMNIST
 
     server = Mirror(small)
-    server.kind = MNIST
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(MNIST, "mirrors", [f"{server.url}/good/"])
-    monkeypatch.setattr(MNIST, "resources", server.resources)
-    monkeypatch.setattr(data, "EXTRA_MIRROR", f"{server.url}/good/")
+    for dataset in MNIST, FashionMNIST:
+        monkeypatch.setattr(dataset, "mirrors", [f"{server.url}/good/"])
+        monkeypatch.setattr(dataset, "resources", server.resources)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    seconds = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(77)
     yield server
+    assert socket.getdefaulttimeout() == 77  # a download has put it back
+    socket.setdefaulttimeout(seconds)
     server.closed.set()
     server.shutdown()
     server.server_close()
-    socket.setdefaulttimeout(None)
 
 
-def load_at_once(
-    data_dir: Path, mirrors: list[str], resources: list, digests: dict[str, str]
-) -> str:
+def load_in_rank(data_dir: Path, url: str, resources: list) -> str:
     from torchvision.datasets import MNIST
 
-    MNIST.mirrors, MNIST.resources = mirrors, resources
-    data.SHA256.update(digests)
-    dist.barrier()
-    return load_mnist(data_dir, may_download=True).name
+    MNIST.mirrors, MNIST.resources = [url], resources
+    args = SimpleNamespace(data_dir=data_dir, world_size=3, batch_size=1)
+    return train_ddp.load_on_every_rank(args)[0]
 
 
-def test_processes_that_start_at_once_download_once(tmp_path, mirror):
-    alone = load_mnist(tmp_path / "alone", may_download=True).name
-    assert alone.startswith("full MNIST 200+50")
-    asked_alone = sorted(mirror.asked)
-    mirror.asked.clear()
-    folder = tmp_path / "new" / "data"
-    urls = [f"{mirror.url}/good/"]
-    names = in_ranks(3, load_at_once, folder, urls, mirror.resources, data.SHA256)
-    assert names == [alone] * 3
-    assert sorted(mirror.asked) == asked_alone
-    files = {file.name for file in folder.rglob("*") if file.is_file()}
-    assert files - {".lock"} == {*data.SHA256}
-    assert not list(tmp_path.rglob(".download"))
+def test_processes_that_start_together_download_once(tmp_path, mirror):
+    load_data(tmp_path / "alone", may_download=True)
+    requested_alone = sorted(mirror.requested)
+    mirror.requested.clear()
+    folder, url = tmp_path / "new" / "data", f"{mirror.url}/good/"
+    names = in_ranks(3, load_in_rank, folder, url, mirror.resources)
+    assert names == [load_data(folder)[0]] * 3
+    assert names[0].startswith(FULL)
+    assert sorted(mirror.requested) == requested_alone
+    files = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    assert files == {Path("MNIST", "raw", name) for name in FILES}
+    assert len([*folder.iterdir()]) == 1  # the temporary folder is gone
 
 
-def test_a_damaged_file_is_mended_by_a_download(tmp_path, small, mirror):
-    name = "train-labels-idx1-ubyte"
-    raw = put(small | {name: b"cut short"}, tmp_path)
-    leftover = tmp_path / ".download" / "MNIST" / "raw"  # of a killed download
-    leftover.mkdir(parents=True)
-    (leftover / name).write_bytes(b"cut short too")
-    loaded = load_mnist(tmp_path, may_download=True)
-    assert loaded.name.startswith("full MNIST 200+50")
-    assert (raw / name).read_bytes() == small[name]
-    assert {*mirror.asked} == {*mirror.files}
-
-
-def test_the_next_mirror_is_asked_where_one_serves_something_else(
-    tmp_path, mirror, monkeypatch
+def test_fashion_mnist_is_downloaded_and_a_missing_file_too(
+    tmp_path, small, mirror, monkeypatch
 ):
-    monkeypatch.setattr(
-        mirror.kind, "mirrors", [f"{mirror.url}/page/", "http://127.0.0.1:9/"]
-    )
-    assert load_mnist(tmp_path, may_download=True).name.startswith("full MNIST 200+50")
-    assert mirror.asked[0].startswith("/page/")
+    monkeypatch.setattr(data, "DATASET", "FashionMNIST")
+    name = load_data(tmp_path, may_download=True)[0]
+    assert name.startswith("FashionMNIST 200+50 ")
+    raw = tmp_path / "FashionMNIST" / "raw"
+    (raw / FILES[1]).unlink()
+    assert load_data(tmp_path, may_download=True)[0] == name
+    assert {path.name: path.read_bytes() for path in raw.iterdir()} == small
 
 
-def test_the_next_mirror_is_asked_where_one_hangs(tmp_path, mirror, monkeypatch):
-    monkeypatch.setattr(mirror.kind, "mirrors", [f"{mirror.url}/hang/"])
-    monkeypatch.setattr(data, "CONNECT_SECONDS", 0.3)
-    assert load_mnist(tmp_path, may_download=True).name.startswith("full MNIST 200+50")
+def test_a_download_takes_all_files_or_none(tmp_path, mirror, capsys):
+    mirror.broken = {f"{FILES[3]}.gz"}  # the last one
+    assert "10000+2000" in load_data(tmp_path, may_download=True)[0]
+    assert {*mirror.requested} == {*mirror.files}
+    assert "could not be downloaded" in capsys.readouterr().err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    mirror.broken = set()
+    assert load_data(tmp_path, may_download=True)[0].startswith(FULL)
 
 
-def test_a_mirror_that_hangs_gives_way_to_the_sample(
-    tmp_path, mirror, monkeypatch, capsys
-):
-    monkeypatch.setattr(mirror.kind, "mirrors", [f"{mirror.url}/hang/"])
-    monkeypatch.setattr(data, "EXTRA_MIRROR", f"{mirror.url}/hang/")
-    monkeypatch.setattr(data, "CONNECT_SECONDS", 0.3)
-    assert "sample" in load_mnist(tmp_path, may_download=True).name
-    assert "SAMPLE" in capsys.readouterr().err
-    assert not list(tmp_path.rglob("*-ubyte*"))
-
-
-def test_a_stalled_download_is_given_up_in_time(tmp_path, mirror, monkeypatch):
-    """Within the 30 s that are promised, where 25 s are set: here, within 5.5 s at 3 s."""
-    measured, measure = threading.Event(), data.folder_size
-
-    def measure_and_tell(folder: Path) -> int:
-        size = measure(folder)
-        measured.set()
-        return size
-
-    def hang(root: Path, download: bool) -> None:
-        measured.wait(60)  # importing torchvision takes longer than that
-        (root / "MNIST" / "raw").mkdir(parents=True)
-        mirror.closed.wait(60)
-
-    hang.mirrors = []
-    monkeypatch.setattr(data, "folder_size", measure_and_tell)
-    monkeypatch.setattr("torchvision.datasets.MNIST", hang)
-    monkeypatch.setattr(data, "STALL_SECONDS", 3)
-    started = time.monotonic()
-    assert "nothing arrived" in data.download(tmp_path)
-    assert time.monotonic() - started < 5.5
-
-
+@pytest.mark.parametrize("network", ["hangs", "refuses"])
 def test_without_a_network_the_sample_is_used_after_a_warning(
-    tmp_path, monkeypatch, capsys
+    tmp_path, mirror, monkeypatch, capsys, network
 ):
-    for name in "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY":
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    try:
-        assert "sample 10000+2000" in load_mnist(tmp_path, may_download=True).name
-    finally:
-        socket.setdefaulttimeout(None)
+    url = f"{mirror.url}/hang/" if network == "hangs" else "http://127.0.0.1:9/"
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", [url])
+    monkeypatch.setattr(data, "SOCKET_SECONDS", 0.3)
+    assert "10000+2000" in load_data(tmp_path, may_download=True)[0]
+    assert bool(mirror.requested) == (network == "hangs")
     warning = capsys.readouterr().err
-    assert "could not be downloaded" in warning
-    assert "BUNDLED SAMPLE" in warning
+    assert "could not be downloaded" in warning and "BUNDLED SAMPLE" in warning
     assert str(tmp_path / "MNIST" / "raw") in warning  # where to put the full set
-
-
-def train_on(data_dirs: list[Path], checkpoint_dir: Path, digests: dict) -> str:
-    if dist.get_rank() == 1:
-        data.SHA256.update(digests)
-    args = SimpleNamespace(
-        data_dir=data_dirs[dist.get_rank()], checkpoint_dir=checkpoint_dir
-    )
-    with pytest.raises(UserError) as caught:
-        train_ddp.train(args, torch.device("cpu"))
-    return str(caught.value)
-
-
-def test_ranks_with_different_data_end_with_an_error(tmp_path, small):
-    put(small, tmp_path)
-    errors = in_ranks(
-        2, train_on, [SAMPLE, tmp_path], tmp_path / "checkpoints", data.SHA256
-    )
-    for error in errors:
-        assert "MNIST sample 10000+2000" in error and "full MNIST 200+50" in error
-        assert "rank 0" in error and "rank 1" in error
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -1,5 +1,6 @@
-"""Each fault is injected for real: it must end short and clear, and cost no work."""
+"""Each fault is injected for real: it must end with a short, clear message and cost no work."""
 
+import errno
 import gzip
 import os
 import pickle
@@ -8,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from conftest import (
 )
 
 import utils
+from model import ConvNet
 
 JOB = "--epochs", 1, "--save_every", 10, "--keep", 100  # 79 steps with 2 x 64 images
 LONG = "--epochs", 1000, "--save_every", 20
@@ -75,26 +78,27 @@ def changed_program(folder: Path, **code: str):
         appended = code.pop(script.stem, "")
         (folder / script.name).write_text(f"{script.read_text()}\n{appended}\n")
     assert not code
-    sample = shutil.copytree(SAMPLE, folder / "tests" / "mnist_sample")
-    new = {str(SCRIPT): str(folder / SCRIPT.name), str(SAMPLE): str(sample)}
 
     def changed_command(*flags: object, torchrun: int | None = None) -> list[str]:
+        new = {str(SCRIPT): str(folder / SCRIPT.name)}
         return [new.get(part, part) for part in command(*flags, torchrun=torchrun)]
 
     return changed_command
 
 
-def fault_in(rank: int, code: str) -> str:
-    """What to append to data.py to have `code` run in the sixth step of a rank."""
+def fault_in(rank: int, code: str, step: int = 6) -> str:
+    """What to append to data.py so that `code` runs in a step of a rank."""
     return f"""
-import os, signal, sys
-sound_batches = batches
-def batches(*args):
-    for step, batch in enumerate(sound_batches(*args)):
-        if step == 5 and dist.get_rank() == {rank}:
-            open("fault", "w").close()
-            {code}
-        yield batch
+import shutil, signal
+import torch.distributed as dist
+fetch_batch, calls = Digits.__getitems__, []
+def __getitems__(self, indices):
+    calls.append(indices)
+    if len(calls) == {step} and dist.get_rank() == {rank}:
+        open("fault", "w").close()
+        {code}
+    return fetch_batch(self, indices)
+Digits.__getitems__ = __getitems__
 """
 
 
@@ -168,7 +172,8 @@ def test_damaged_checkpoints_are_named_and_the_sound_one_before_is_used(
 
 
 @pytest.mark.parametrize(
-    "kind", ["empty", "cut", "zeroed", "flipped", "text", "zip", "pickle", "foreign"]
+    "kind",
+    ["empty", "cut", "zeroed", "flipped", "text", "zip", "pickle", "foreign", "old"],
 )
 def test_no_kind_of_damage_is_loaded(kind, folder, tmp_path, capfd):
     """The one before is, after a warning that names the damaged one; nothing is executed."""
@@ -180,6 +185,9 @@ def test_no_kind_of_damage_is_loaded(kind, folder, tmp_path, capfd):
         torch.save({"model": Payload(tmp_path / "executed")}, path)
     elif kind == "foreign":  # harmless and readable, but of another program
         torch.save({"weights": torch.zeros(3)}, path)
+    elif kind == "old":  # of this program, when it had two optimizers
+        state = newest(folder)
+        torch.save(state | {"optimizers": [state.pop("optimizer")]}, path)
     else:
         path.write_bytes(
             {
@@ -190,7 +198,7 @@ def test_no_kind_of_damage_is_loaded(kind, folder, tmp_path, capfd):
                 "pickle": pickle.dumps(Payload(tmp_path / "executed")),
             }[kind]
         )
-    assert utils.newest_checkpoint(folder) == (str(sound), sound.read_bytes())
+    assert utils.newest_checkpoint(folder) == (sound.name, sound.read_bytes())
     assert f"{path} is damaged" in capfd.readouterr().err
     assert not (tmp_path / "executed").exists()
 
@@ -226,37 +234,55 @@ def test_with_every_checkpoint_damaged_the_run_refuses_and_overwrites_nothing(
     assert snapshot(folder) == before
 
 
-def test_a_checkpoint_of_another_seed_data_set_or_model_is_refused(
-    folder, tmp_path, start
-):
-    """In a line that names both sides and the cure; the checkpoints stay as they are."""
-    other_data = changed_program(tmp_path / "data")
-    labels = tmp_path / "data" / "tests" / "mnist_sample" / "train-labels-idx1-ubyte.gz"
+def test_a_checkpoint_of_another_kind_of_training_is_refused(folder, tmp_path, start):
+    """In a line that names both sides and the fix; the checkpoints stay as they are."""
+    data = shutil.copytree(SAMPLE, tmp_path / "data")
+    labels = data / "MNIST" / "raw" / "train-labels-idx1-ubyte.gz"
     content = bytearray(gzip.decompress(labels.read_bytes()))
     content[-1] = (content[-1] + 1) % 10
     labels.write_bytes(gzip.compress(content))
-    one_more_layer = "_create = create_model\ndef create_model(seed):\n    net = _create(seed)\n    net.layers.append(nn.Linear(10, 10))\n    return net"
+    one_more_layer = """
+class ConvNet(ConvNet):
+    def __init__(self):
+        super().__init__()
+        self.layers.append(nn.Linear(10, 10))"""
     other_model = changed_program(tmp_path / "model", model=one_more_layer)
-    before, jobs = snapshot(folder), {}
-    for kind, make in ("seed", command), ("data", other_data), ("model", other_model):
+    weights = list(ConvNet().parameters())
+    sgd = torch.optim.SGD(weights, momentum=0.9)
+    groups = torch.optim.AdamW([{"params": weights[:4]}, {"params": weights[4:]}])
+    cases = {
+        "seed": (command(*JOB, "--seed", 5), r"seed 0,.* 5:"),
+        "data": (
+            command(*JOB, "--data_dir", data, data=False),
+            r"MNIST 10000\+2000 (\w{12}),.* MNIST 10000\+2000 (?!\1)\w{12}:",
+        ),
+        "model": (other_model(*JOB), r"model.*layers\.9\.weight"),
+        "SGD": (command(*JOB), "optimizer SGD,.* AdamW:"),
+        "groups": (command(*JOB), "optimizer:.*parameter group"),
+    }
+    jobs = {}
+    for kind, (cmd, pattern) in cases.items():
         own = shutil.copytree(folder, tmp_path / f"{kind}-checkpoints")
-        flags = ["--seed", 5] if kind == "seed" else []
-        jobs[kind] = start(make(*JOB, *flags, "--checkpoint_dir", own)), own
-    for kind, (job, own) in jobs.items():
+        state = newest(own)
+        if kind == "SGD":
+            state["settings"]["optimizer"] = "SGD"
+            state["optimizer"] = sgd.state_dict()
+        elif kind == "groups":
+            state["optimizer"] = groups.state_dict()
+        torch.save(state, checkpoints(own)[-1])
+        jobs[kind] = start([*cmd, "--checkpoint_dir", str(own)]), own, snapshot(own)
+    for kind, (job, own, before) in jobs.items():
         assert job.wait() == 1, job.output()
         line = error_line(job.output())
         assert checkpoints(own)[-1].name in line
-        assert "--checkpoint_dir" in line  # the cure
-        if kind == "seed":
-            assert re.search(r"seed\b.*\b0\b.*\b5\b", line)
-        elif kind == "data":
-            assert len(set(re.findall(r"10000\+2000 [0-9a-f]{12}", line))) == 2
-        else:
-            assert "model" in line and "layers.9.weight" in line
+        assert "--checkpoint_dir" in line  # the fix
+        assert re.search(cases[kind][1], line), line
         assert snapshot(own) == before
 
 
-def test_changed_batch_size_lr_and_world_size_are_allowed_and_said(folder, tmp_path):
+def test_changed_batch_size_lr_and_world_size_are_allowed_and_reported(
+    folder, tmp_path
+):
     checkpoints(folder)[-1].unlink()  # of the end: there are some steps to go
     result = run(
         command(*JOB, "--world_size", 1, "--batch_size", 32, "--lr", 0.02), tmp_path
@@ -265,10 +291,80 @@ def test_changed_batch_size_lr_and_world_size_are_allowed_and_said(folder, tmp_p
     for change in (
         "batch_size from 64 to 32",
         "lr from 0.01 to 0.02",
-        "size from 2 to 1",
+        "world_size from 2 to 1",
     ):
         assert result.stdout.count(change) == 1
     assert newest(folder)["settings"]["batch_size"] == 32
+
+
+def test_files_with_other_names_are_neither_loaded_nor_deleted(folder):
+    """They are the user's own: here sound checkpoints that would sort behind the newest."""
+    *_, last = checkpoints(folder)
+    names = "epoch_best.pt", "epoch00009-copy.pt", "epoch00009-image000000000.pt.bak"
+    own = [Path(shutil.copy(folder / last.name, folder / name)) for name in names]
+    assert utils.newest_checkpoint(folder)[0] == last.name
+    utils.claim_folder(folder).close()
+    following = folder / "epoch00002-image000000000.pt"
+    utils.save_checkpoint(following, newest(folder), "", keep=1)
+    assert set(folder.glob("epoch*")) == {following, *own}
+
+
+def test_a_new_checkpoint_is_on_the_disk_before_older_ones_are_deleted(
+    folder, monkeypatch
+):
+    """Content, then name, then directory, then deletions: a power cut in between costs nothing."""
+    old, path = checkpoints(folder)[-1], folder / "epoch00002-image000000000.pt"
+    events, sizes = [], {}
+
+    def record(function: str) -> None:
+        real = getattr(os, function)
+
+        def recorder(item, *args, **kwargs):
+            name = args[0] if args else item
+            if isinstance(item, int):
+                name = os.readlink(f"/proc/self/fd/{item}")
+                sizes[name] = os.fstat(item).st_size
+            events.append((function, str(name)))
+            return real(item, *args, **kwargs)
+
+        monkeypatch.setattr(os, function, recorder)
+
+    for function in "fsync", "replace", "unlink":
+        record(function)
+    utils.save_checkpoint(path, newest(folder), "metrics", keep=1)
+    content, name = ("fsync", f"{folder}/.tmp-{path.name}"), ("replace", str(path))
+    order = [content, name, ("fsync", str(folder)), ("unlink", str(old))]
+    assert sorted(map(events.index, order)) == list(map(events.index, order)), events
+    for written in path, folder / "metrics.jsonl":  # flushed before the fsync
+        assert sizes[f"{folder}/.tmp-{written.name}"] == written.stat().st_size
+    assert checkpoints(folder) == [path]
+
+
+def test_a_checkpoint_holds_cpu_tensors_only(folder, tmp_path):
+    """Here tensors are saved as those of a GPU are, which needs a GPU to load them."""
+    state, path = newest(folder), tmp_path / "epoch00002-image000000000.pt"
+    weights = [*state["model"].values()]
+    on_gpu = {weight.untyped_storage().data_ptr() for weight in weights}
+    registry = torch.serialization._package_registry
+    before = [*registry]
+    torch.serialization.register_package(
+        0,
+        lambda storage: "cuda:0" if storage.data_ptr() in on_gpu else None,
+        lambda storage, location: None,
+    )
+
+    def devices(file) -> list[str]:
+        seen = []
+        torch.load(file, map_location=lambda item, tag: seen.append(tag) or item)
+        return seen
+
+    try:
+        torch.save(state, tmp_path / "gpu.pt")
+        utils.save_checkpoint(path, state, "", keep=1)
+        assert devices(tmp_path / "gpu.pt").count("cuda:0") == len(weights)
+        assert {*devices(path)} == {"cpu"}
+    finally:
+        registry[:] = before
 
 
 # Disks
@@ -300,72 +396,43 @@ def test_a_data_folder_that_cannot_be_made_is_an_error_without_a_network_too(tmp
     assert "file/data" in line and "--data_dir" in line
 
 
-def test_a_full_disk_does_no_harm_to_a_complete_run(folder, tmp_path):
-    """There is nothing to write."""
-    before = snapshot(folder)
-    limited = ["sh", "-c", 'ulimit -f 1; exec "$@"', "sh"]
-    result = run([*limited, *command(*JOB)], tmp_path)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert snapshot(folder) == before
-    assert not list(folder.glob(".tmp-*"))
-
-
-def test_a_full_file_system_leaves_sound_checkpoints_only(unshare, tmp_path):
-    script = """
-        mount -t tmpfs -o size=1m tmpfs small
-        "$@" && exit 99
-        cp -r small/. kept"""
-    (tmp_path / "small").mkdir()
-    (tmp_path / "kept").mkdir()
-    result = run(
-        [*unshare, script, "sh", *command(*JOB, "--checkpoint_dir", "small")], tmp_path
-    )
-    assert result.returncode == 0, result.stderr  # that of cp
-    line = error_line(result.stderr)
-    kept = checkpoints(tmp_path / "kept")
-    assert line.endswith(f"small/{kept[-1].name}") and "No space left" in line
-    for path in kept:
-        utils.decode_checkpoint(path.read_bytes())
-    assert not list((tmp_path / "kept").glob(".tmp-*"))
-
-
-def test_a_folder_that_turns_read_only_is_told_with_the_good_checkpoint(
-    tmp_path, start
-):
+def test_a_folder_that_turns_read_only_is_reported_with_the_good_checkpoint(tmp_path):
     """A run that begins in a read-only folder is refused as clearly."""
     folder = tmp_path / "checkpoints"
-    if os.getuid():
-        lock, unlock = ["chmod", "a-w", folder], ["chmod", "u+w", folder]
-    else:  # root may write in spite of the mode
-        lock, unlock = ["chattr", "+i", folder], ["chattr", "-i", folder]
-    job = start(command(*LONG))
-    wait_until(lambda: checkpoints(folder), 60, job)
+    folder.mkdir()
+    # root may write in spite of the mode
+    lock, unlock = (
+        ("chmod a-w", "chmod u+w") if os.getuid() else ("chattr +i", "chattr -i")
+    )
+    if os.system(f"{lock} {folder} && {unlock} {folder}"):
+        pytest.skip(f"no {lock} here")
+    read_only = fault_in(0, f'os.system("{lock} {folder}")', step=30)
+    make = changed_program(tmp_path / "it", data=read_only)
     try:
-        if not shutil.which(lock[0]) or subprocess.run(lock, check=False).returncode:
-            pytest.skip(f"no {lock[0]} here")
-        assert job.wait(TOGETHER) == 1
-        assert error_line(job.output()).endswith(checkpoints(folder)[-1].name)
+        result = run(make(*LONG), tmp_path)
+        assert result.returncode == 1
+        assert error_line(result.stderr).endswith(checkpoints(folder)[-1].name)
+        assert [path.name for path in checkpoints(folder)] == [
+            f"epoch00000-image{20 * 64:09d}.pt"
+        ]
         assert not list(folder.glob(".tmp-*"))
         utils.decode_checkpoint(checkpoints(folder)[-1].read_bytes())
         result = run(command(*LONG, "--checkpoint_dir", folder / "new"), tmp_path)
         assert result.returncode == 1
         assert str(folder) in error_line(result.stderr)
     finally:
-        subprocess.run(unlock, check=False)
+        os.system(f"{unlock} {folder}")
 
 
-def test_a_folder_deleted_during_the_run_is_made_anew_or_told_in_one_line(
-    undisturbed, tmp_path, start
-):
-    folder = tmp_path / "checkpoints"
-    job = start(command(*JOB, "--world_size", 2), MARK=str(tmp_path))
-    wait_until(lambda: checkpoints(folder), 60, job)
-    shutil.rmtree(folder, ignore_errors=True)  # a save may come in between
-    if job.wait() == 0:
-        assert checksum(folder) == checksum(undisturbed)
-    else:
-        assert str(folder.name) in error_line(job.output())
-    wait_until(lambda: not processes(tmp_path), TOGETHER)
+def test_a_folder_deleted_during_the_run_is_created_again(undisturbed, tmp_path):
+    delete = fault_in(0, 'shutil.rmtree("checkpoints")', step=25)
+    make = changed_program(tmp_path / "it", data=delete)
+    result = run(make(*JOB, "--world_size", 2), tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (
+        checkpoints(tmp_path / "checkpoints")[0].name == "epoch00000-image000003840.pt"
+    )
+    assert checksum(tmp_path / "checkpoints") == checksum(undisturbed)
 
 
 def test_a_second_run_in_the_folder_refuses_and_the_first_trains_on(tmp_path, start):
@@ -379,7 +446,52 @@ def test_a_second_run_in_the_folder_refuses_and_the_first_trains_on(tmp_path, st
     wait_until(lambda: checkpoints(folder)[-1] > seen, 30, first)
     first.process.kill()  # the lock is gone with its holder: no file to delete by hand
     first.wait()
-    utils.lock_folder(folder).close()
+    utils.claim_folder(folder).close()
+
+
+def test_a_refused_run_leaves_the_save_of_the_other_alone(tmp_path):
+    leftover, saving = tmp_path / ".tmp-leftover.pt", tmp_path / ".tmp-saving.pt"
+    leftover.touch()
+    with utils.claim_folder(tmp_path):
+        assert not leftover.exists()
+        saving.touch()
+        with pytest.raises(utils.UserError, match="another run"):
+            utils.claim_folder(tmp_path)
+        assert saving.exists()
+
+
+@pytest.mark.parametrize(
+    "code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EIO]
+)
+def test_a_disk_without_locks_gets_a_warning(code, tmp_path, monkeypatch, capfd):
+    """The lock file may be a link: what it points to keeps its content."""
+    (tmp_path / "target").write_text("precious")
+    (tmp_path / ".lock").symlink_to("target")
+
+    def flock(*args) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(utils.fcntl, "flock", flock)
+    if code == errno.EIO:
+        with pytest.raises(utils.UserError, match=os.strerror(code)):
+            utils.claim_folder(tmp_path)
+    else:
+        utils.claim_folder(tmp_path).close()
+        assert f"{tmp_path} is on a disk without locks" in capfd.readouterr().err
+    assert (tmp_path / "target").read_text() == "precious"
+
+
+def test_without_fcntl_as_on_windows_the_program_ends_with_one_line(tmp_path):
+    code = f"""
+import runpy, sys
+sys.modules["fcntl"] = None
+sys.path.insert(0, {str(ROOT)!r})
+sys.argv = ["train_ddp.py"]
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")"""
+    result = run([sys.executable, "-c", code], tmp_path)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "Windows" in error_line(result.stderr)
+    assert len(result.stderr.splitlines()) == 1
 
 
 # Processes
@@ -388,28 +500,41 @@ def test_a_second_run_in_the_folder_refuses_and_the_first_trains_on(tmp_path, st
 def test_killed_in_the_middle_of_a_save_a_rerun_ends_bit_equal(
     undisturbed, tmp_path, start
 ):
-    """Kills until a half-written file is left; the rerun deletes it and does not load it."""
-    folder, every_step = tmp_path / "checkpoints", [*JOB, "--save_every", 1]
-    for _ in range(8):
-        job = start(command(*every_step, "--world_size", 2))
-        # Tight, as a save takes milliseconds.
-        wait_until(lambda: list(folder.glob(".tmp-*.pt")), 60, job)
-        os.killpg(job.process.pid, signal.SIGKILL)
-        job.wait()
-        if leftovers := list(folder.glob(".tmp-*")):
-            break
-    else:
-        pytest.fail("no kill hit a save")
-    for path in checkpoints(folder):
-        utils.decode_checkpoint(path.read_bytes())
-    result = run(command(*JOB, "--world_size", 2), tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert not any(leftover.exists() for leftover in leftovers)
+    """With half of the file on the disk; the rerun deletes it and does not load it."""
+    folder = tmp_path / "checkpoints"
+    (tmp_path / "hold").mkdir()
+    (tmp_path / "hold" / "sitecustomize.py").write_text("""
+import os
+fsync = os.fsync
+def fsync_and_hold(file):
+    if "image000002560" in os.readlink(f"/proc/self/fd/{file}"):
+        os.truncate(file, os.fstat(file).st_size // 2)
+        open("held", "w").close()
+        os.read(os.pipe()[0], 1)  # for ever: nobody writes
+    fsync(file)
+os.fsync = fsync_and_hold
+""")
+    job = start(
+        command(*JOB, "--world_size", 2),
+        PYTHONPATH=str(tmp_path / "hold"),
+        MARK=str(tmp_path),
+    )
+    wait_until((tmp_path / "held").exists, 60, job)
+    for pid in processes(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+    job.wait()
+    [leftover] = folder.glob(".tmp-*")
+    assert len(checkpoints(folder)) == 1
+    # Without --save_every: nothing is written under the name of the leftover again.
+    result = run(command("--epochs", 1, "--world_size", 2), tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert checkpoints(folder)[0].name in result.stdout
+    assert not leftover.exists()
     assert checksum(folder) == checksum(undisturbed)
 
 
 FAULTS = {
-    "raises": 'raise ValueError("broken")',
+    "raises": 'raise ConnectionResetError("Connection reset by peer")',
     "exits": "os._exit(7)",
     "is killed": "os.kill(os.getpid(), signal.SIGKILL)",
 }
@@ -425,7 +550,7 @@ FAULTS = {
         (True, 0, "is killed"),
     ],
 )
-def test_when_a_rank_dies_all_end_soon_and_the_cause_is_told(
+def test_when_a_rank_dies_all_end_soon_and_the_cause_is_reported(
     torchrun, rank, fault, tmp_path, start
 ):
     """With a failure, no orphans, and the first cause readable once."""
@@ -434,17 +559,30 @@ def test_when_a_rank_dies_all_end_soon_and_the_cause_is_told(
     wait_until((tmp_path / "fault").exists, 60, job)
     output = ends(job, tmp_path)
     if fault == "raises":
-        assert output.count("ValueError: broken") == 1
-    elif torchrun:  # it is torchrun that tells
+        assert output.count("\nConnectionResetError: ") == 1
+        assert len(re.findall("rank . lost another rank", output)) == 1
+        assert f"rank {1 - rank} lost another rank" in output
+    elif torchrun:  # it is torchrun that reports
         code = {"exits": "7", "is killed": "-9"}[fault]
         assert re.search(rf"rank +: {rank} .*\n *exitcode +: {code} ", output)
     else:
-        told = {
-            "exits": rf"rank {rank}\b.*\b7\b",
-            "is killed": f"rank {rank} .*SIGKILL",
+        cause = {
+            "exits": rf"error: rank {rank} exited with code 7\b",
+            "is killed": f"error: rank {rank} was killed by SIGKILL",
         }
-        assert len(re.findall(told[fault], output)) == 1
+        assert len(re.findall(cause[fault], output)) == 1
         assert "Traceback" not in output
+
+
+def test_a_single_process_never_claims_to_have_lost_another_rank(tmp_path):
+    """What is not recognised keeps its traceback."""
+    trouble = 'raise RuntimeError("[gloo/pair.cc:9] Connection closed by peer")'
+    make = changed_program(tmp_path / "it", data=fault_in(0, trouble))
+    result = run(make(*LONG, "--world_size", 1), tmp_path)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "RuntimeError: [gloo/pair.cc:9]" in result.stderr.splitlines()[-1]
+    assert "lost another rank" not in result.stderr
 
 
 @pytest.mark.parametrize("torchrun", [False, True])
@@ -457,24 +595,23 @@ def test_workers_end_soon_after_their_launcher_is_killed(torchrun, tmp_path, sta
     wait_until(lambda: not processes(tmp_path), TOGETHER)
 
 
-@pytest.mark.parametrize("torchrun", [False, True])
-def test_workers_end_soon_if_their_launcher_is_killed_during_start_up(
-    torchrun, tmp_path, start
-):
-    job = start(launched(torchrun, *LONG), MARK=str(tmp_path))
+def test_workers_end_soon_if_their_launcher_is_killed_during_start_up(tmp_path, start):
+    job = start(command(*LONG, "--world_size", 2), MARK=str(tmp_path))
     wait_until(lambda: any(map(imports_torch, job.workers())), 60, job)
     job.process.kill()
     wait_until(lambda: not processes(tmp_path), TOGETHER)
 
 
-def test_a_frozen_rank_ends_the_run_after_the_collective_timeout(tmp_path, start):
+def test_a_frozen_rank_ends_the_run_after_the_timeout(tmp_path, start):
     """It is shortened here; killing the frozen rank takes the launcher some seconds more."""
     stop = fault_in(0, "os.kill(os.getpid(), signal.SIGSTOP)")
-    short = "COLLECTIVE_TIMEOUT = timedelta(seconds=3)"
+    short = "TIMEOUT = timedelta(seconds=5)"
     make = changed_program(tmp_path / "it", data=stop, utils=short)
     job = start(make(*LONG, "--world_size", 2), MARK=str(tmp_path))
     wait_until((tmp_path / "fault").exists, 60, job)
-    assert error_line(ends(job, tmp_path, 3 + 2 * TOGETHER))
+    assert "rank 1 lost another rank" in error_line(
+        ends(job, tmp_path, 5 + 2 * TOGETHER)
+    )
 
 
 def imports_torch(pid: int, worker: bool = True) -> bool:
@@ -492,11 +629,11 @@ def imports_torch(pid: int, worker: bool = True) -> bool:
     ("torchrun", "moment"),
     [
         *((False, m) for m in ["launcher", "interpreter", "worker", "set-up"]),
-        *((True, m) for m in ["launcher", "worker", "set-up"]),
+        *((True, m) for m in ["worker", "set-up"]),
     ],
 )
 def test_ctrl_c_during_start_up_leaves_at_once(torchrun, moment, tmp_path, start):
-    """While torch is imported and while ranks meet, with no traceback of ours."""
+    """With nothing saved; once torch is imported, without a traceback of ours as well."""
     job = start(launched(torchrun, *JOB), MARK=str(tmp_path))
     if moment == "interpreter":  # of the first worker, which has not read our code yet
         wait_until(
@@ -510,8 +647,9 @@ def test_ctrl_c_during_start_up_leaves_at_once(torchrun, moment, tmp_path, start
         wait_until((tmp_path / "checkpoints" / ".lock").exists, 60, job)
     os.killpg(job.process.pid, signal.SIGINT)
     output = ends(job, tmp_path)
-    assert not re.search(r'File ".*(train_ddp|utils|data|model)\.py"', output)
-    assert torchrun or "Traceback" not in output
+    if moment == "set-up":
+        assert not re.search(r'File ".*(train_ddp|utils|data|model)\.py"', output)
+        assert torchrun or "Traceback" not in output
     assert not checkpoints(tmp_path / "checkpoints")
 
 
@@ -578,7 +716,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_never_reaches_a_checkpoint(
 ):
     """A rerun stops as clearly, instead of training on from nan."""
     for often in ("--save_every", 1), (), ("--save_every", 1):
-        wild = "--lr", 1e6, "--epochs", 3, "--keep", 500, "--world_size", 2
+        wild = "--lr", 9e4, "--epochs", 3, "--keep", 500, "--world_size", 2
         result = run(command(*wild, *often), tmp_path)
         assert result.returncode == 1, result.stdout
         assert "lower --lr" in error_line(result.stderr)
