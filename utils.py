@@ -177,15 +177,18 @@ def claim_folder(folder: Path) -> IO[str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a")  # not "w": it could be a link to a file
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            warn(f"{folder} is on a disk without locks: do not start two runs in it")
         for leftover in folder.glob(".tmp-*"):  # of a save that was killed
             leftover.unlink()
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another run uses {folder}: choose another --checkpoint_dir")
     except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise UserError(f"cannot write to the checkpoint folder: {error}")
-        warn(f"{folder} is on a disk without locks: do not start two runs in it")
+        raise UserError(f"cannot write to the checkpoint folder: {error}")
     return lock
 
 
@@ -290,13 +293,10 @@ def launch(worker: Callable[..., NoReturn], args: Any, world_size: int) -> NoRet
         store_path = os.path.join(folder, "store")
         if world_size == 1:
             worker(0, args, store_path)
-        # A terminal signals all its processes. Workers inherit that they ignore it, and hear
-        # of it from here alone.
-        keys = signal.SIGINT, signal.SIGHUP
-        handlers = [signal.signal(signum, signal.SIG_IGN) for signum in keys]
-        context = mp.spawn(worker, (args, store_path), nprocs=world_size, join=False)
-        list(map(signal.signal, keys, handlers))
         on_stop_signal(pass_on)
+        context = mp.spawn(worker, (args, store_path), nprocs=world_size, join=False)
+        if received:  # before all workers were there to be told
+            pass_on(signal.SIGTERM, None)
         try:
             # After a failure the others get 3 s to end, and as long after a SIGTERM.
             while not context.join(grace_period=3):
@@ -318,9 +318,11 @@ def end_with_launcher() -> None:
     """Have the kernel send SIGTERM to this worker when its launcher dies (Linux only).
 
     torchrun's workers would train on as orphans: they live in sessions of their own. mp.spawn
-    has asked for SIGINT instead, which its workers ignore here.
+    has asked for SIGINT instead, which its workers ignore: `launch` tells them of a Ctrl-C.
     """
     launcher = multiprocessing.parent_process()
+    if launcher:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux" and (launcher or "TORCHELASTIC_RUN_ID" in os.environ):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, see prctl(2)
     if launcher and not launcher.is_alive():  # it died before the line above

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from conftest import (
     checkpoints,
     checksum,
     command,
+    in_ranks,
     newest,
     processes,
     run,
@@ -29,6 +31,7 @@ from conftest import (
     wait_until,
 )
 
+import train_ddp
 import utils
 from model import ConvNet
 
@@ -719,8 +722,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_never_reaches_a_checkpoint(
         wild = "--lr", 9e4, "--epochs", 3, "--keep", 500, "--world_size", 2
         result = run(command(*wild, *often), tmp_path)
         assert result.returncode == 1, result.stdout
-        assert "lower --lr" in error_line(result.stderr)
+        assert re.search("the loss is .*lower --lr", error_line(result.stderr))
         for path in checkpoints(tmp_path / "checkpoints"):
             state = torch.load(path, weights_only=True)
             for name, weight in state["model"].items():
                 assert weight.isfinite().all(), (path, name)
+
+
+def save_weights_that_are_not_finite(folder: Path) -> None:
+    model = ConvNet()
+    model.layers[0].bias.data[0] = torch.inf
+    args, optimizer = SimpleNamespace(checkpoint_dir=folder, keep=3), torch.optim.AdamW
+    run = train_ddp.Run(
+        args, {}, model, optimizer(model.parameters()), train_ddp.Progress()
+    )
+    with pytest.raises(utils.UserError, match="lower --lr"):
+        train_ddp.save(run)
+
+
+def test_weights_that_are_not_finite_after_a_finite_loss_are_not_saved(tmp_path):
+    in_ranks(2, save_weights_that_are_not_finite, tmp_path)
+    assert not checkpoints(tmp_path)

@@ -385,7 +385,7 @@ def test_flags_and_their_defaults(parse, capsys, monkeypatch):
 def test_the_learning_rate_follows_the_global_batch_unless_it_is_given(parse):
     assert parse("--batch_size 128").lr == pytest.approx(0.01)
     assert parse("--batch_size 64 --world_size 2").lr == pytest.approx(0.01)
-    assert parse("--batch_size 64 --world_size 8").lr == pytest.approx(0.008)
+    assert parse("--batch_size 64 --world_size 8").lr == pytest.approx(0.02)
     assert parse("--batch_size 64 --world_size 8 --lr 0.3").lr == 0.3
 
 
