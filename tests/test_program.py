@@ -562,3 +562,17 @@ def test_evaluation_counts_each_image_once_at_any_number_of_ranks():
                 "correct": right,
                 "total": n,
             }
+
+
+def scheduling_policies() -> dict[str, int]:
+    """The scheduling policy of each thread of this process, by name."""
+    tasks = Path("/proc/self/task").iterdir()
+    return {(t / "comm").read_text(): os.sched_getscheduler(int(t.name)) for t in tasks}
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="only Linux has it")
+def test_the_threads_of_gloo_are_scheduled_as_batch_jobs():
+    """Otherwise they preempt each other: two ranks lose a third of their speed."""
+    for rank in in_ranks(2, scheduling_policies):
+        gloo = {name: policy for name, policy in rank.items() if "gloo" in name}
+        assert gloo and set(gloo.values()) == {os.SCHED_BATCH}, rank
