@@ -107,7 +107,9 @@ def train(args: argparse.Namespace, store_path: str | None) -> int:
     return 0
 
 
-def train_epoch(run: Run, ddp: nn.Module, loader: DataLoader, stop: StopRequest):
+def train_epoch(
+    run: Run, ddp: nn.Module, loader: DataLoader, stop: StopRequest
+) -> bool:
     """Train from where `run.progress` stands to the end of the epoch.
 
     Returns False, on all ranks after the same step, if any rank was asked to stop. Raises
@@ -173,7 +175,7 @@ def train_step(ddp: nn.Module, optimizer: Optimizer, batch: tuple) -> Tensor:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, test_set: Digits) -> dict[str, float]:
-    """Return loss (mean cross-entropy), accuracy, correct answers and images, over all ranks.
+    """Return test_loss (mean cross-entropy), test_accuracy, correct and total, over all ranks.
 
     Each image counts once. A DistributedSampler would repeat images until the ranks' shares
     are equally large, and the accuracy would depend on the world size.

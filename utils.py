@@ -51,7 +51,7 @@ def process_group(store_path: str | None) -> Iterator[torch.device]:
     device = choose_device(int(os.environ["LOCAL_RANK"]))
     if device.type == "cpu" and hasattr(os, "SCHED_BATCH"):
         # Otherwise Linux lets gloo's receiving thread push its sending one off the core while
-        # that holds a lock: two ranks on two cores train at half the speed.
+        # that holds a lock: two ranks on two cores train a third slower.
         with contextlib.suppress(OSError):  # forbidden in some sandboxes
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
