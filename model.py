@@ -28,9 +28,6 @@ class ConvNet(nn.Module):
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Map raw pixels, uint8 [B, 28, 28], to logits, float32 [B, 10].
-
-        Normalising the pixels in here means that training, evaluation and images of your own
-        cannot disagree about it.
-        """
+        """Map raw pixels, uint8 [B, 28, 28], to logits, float32 [B, 10]."""
+        # Normalised here, so that training, evaluation and your own images cannot disagree.
         return self.layers((images.unsqueeze(1).float() - PIXEL_MEAN) / PIXEL_STD)

@@ -4,15 +4,11 @@ import contextlib
 import ctypes
 import errno
 import io
-import multiprocessing
 import os
-import re
 import signal
 import socket
 import sys
 import tempfile
-import time
-import uuid
 import zipfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -30,63 +26,56 @@ except ImportError:
 
 # ---------------------------------------------------------------- the process group
 
-# How long a rank waits for the others, at the start and in each collective. With torch's
-# default of half an hour, one frozen process holds the whole job for that long.
+# How long a rank waits for the others. By default it would be half an hour with gloo, for
+# which one frozen process could hold the whole job.
 TIMEOUT = timedelta(minutes=3)
-LAUNCHER_VARIABLES = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 
 
-@contextlib.contextmanager
-def process_group(store_path: str | None) -> Iterator[torch.device]:
-    """Join the process group that RANK, WORLD_SIZE and the like describe; leave it at the end.
-
-    The ranks of a self-spawned run meet in the file `store_path`; with None, at MASTER_ADDR.
-    Yields the device of this rank. Raises what torch raises if the ranks cannot meet.
-    """
+def join_process_group(init_method: str) -> torch.device:
+    """Join the group of RANK, WORLD_SIZE and so on; set up and return this rank's device."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if not os.environ.get("OMP_NUM_THREADS"):
-        # More threads wait for one another by spinning, and starve each other as soon as
-        # anything else runs on the machine. To use more cores, start more ranks.
-        torch.set_num_threads(1)
     device = choose_device(int(os.environ["LOCAL_RANK"]))
-    if device.type == "cpu" and hasattr(os, "SCHED_BATCH"):
-        # Otherwise Linux lets gloo's receiving thread push its sending one off the core while
-        # that holds a lock: two ranks on two cores train a third slower.
-        with contextlib.suppress(OSError):  # forbidden in some sandboxes
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    if not os.environ.get("OMP_NUM_THREADS"):
+        # Several threads wait for one another by spinning, and starve as soon as anything
+        # else runs on the machine. To use more cores, start more ranks.
+        torch.set_num_threads(1)
+    store, _, _ = next(dist.rendezvous(init_method, rank, world_size, timeout=TIMEOUT))
+    store.set_timeout(TIMEOUT)  # that of a file has not been set
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-        # gloo would listen at the address of the hostname: reachable from the network, and an
-        # error where that name does not resolve. A single machine needs loopback only.
+        # A single machine needs loopback only. gloo would listen at the address of the
+        # hostname: reachable from the network, and an error if that does not resolve.
         loopback = next(name for _, name in socket.if_nameindex() if name[:2] == "lo")
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = loopback
+        # torchrun keeps one store over all restarts: gloo would find addresses of dead ranks
+        # (github.com/pytorch/pytorch/issues/135712). Machines may count differently.
+        store = dist.PrefixStore(os.getenv("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(
         # One group for both: tensors on a GPU travel over nccl, Python objects over gloo.
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=create_store(store_path, rank, world_size),
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )
-    try:
-        yield device
-    except UserError:  # raised on every rank: none of them is left in a collective
-        dist.destroy_process_group()
-        raise
-    # Not after other errors: it would wait for ranks that are still in a collective.
-    dist.destroy_process_group()
+    return device
 
 
 def choose_device(local_rank: int) -> torch.device:
     """Return the GPU of this local rank if there is CUDA, otherwise the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.cuda.set_device(local_rank)  # otherwise every rank allocates memory on GPU 0
-    # Two runs differ in their last bits if cuDNN may choose the fastest algorithm, or NCCL
-    # sums in the switch (github.com/NVIDIA/nccl/issues/1497).
-    torch.backends.cudnn.deterministic = True
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    return torch.device("cuda", local_rank)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)  # otherwise all ranks would use GPU 0
+        # Two runs differ in their last bits if cuDNN may choose the fastest algorithm, or
+        # NCCL sums in the switch (github.com/NVIDIA/nccl/issues/1497).
+        torch.backends.cudnn.deterministic = True
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+        return torch.device("cuda", local_rank)
+    if hasattr(os, "SCHED_BATCH"):
+        # Otherwise Linux lets gloo's receiving thread push its sending one off the core while
+        # that holds a lock: two ranks on two cores train a third slower.
+        with contextlib.suppress(OSError):  # forbidden in some sandboxes
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    return torch.device("cpu")
 
 
 # ---------------------------------------------------------------- talking
@@ -107,11 +96,6 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error's message with its lines joined."""
-    return " ".join(str(error).split()) or repr(error)
-
-
 def gather(item: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Return the `item` of every rank, in the order of ranks, on every rank."""
     items = [None] * dist.get_world_size()
@@ -121,123 +105,87 @@ def gather(item: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
 
 @contextlib.contextmanager
 def shared_errors(group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Wait for all ranks at the end of the block; raise one rank's UserError on all of them.
-
-    A rank that gave up alone would leave the others waiting in their next collective.
-    """
+    """Wait for all ranks at the end of the block, and raise one rank's UserError on all."""
     problem = None
     try:
         yield
     except UserError as error:
         problem = str(error)
+    # A rank that gave up alone would leave the others waiting in their next collective.
     for message in filter(None, gather(problem, group)):
         raise UserError(message)
-
-
-def is_lost_rank(error: Exception) -> bool:
-    """Return whether `error` is a collective of gloo in which another rank took no part."""
-    words = "Connection closed|Connection reset|Broken pipe|Timed out waiting"
-    return "gloo" in str(error) and bool(re.search(words, str(error)))
 
 
 # ---------------------------------------------------------------- stopping
 
 
-def on_stop_signal(handler: Callable[[int, Any], None]) -> None:
-    """Call `handler` for Ctrl-C, SIGTERM and a closed terminal; not if ignored, as by nohup."""
-    for signum in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, handler)
+def catch_stop_signals(in_launcher: bool = False) -> list[int]:
+    """Return a list to which Ctrl-C, SIGTERM and a closed terminal will add their numbers."""
+    received: list[int] = []
 
-
-class StopRequest:
-    """Remembers the first stop signal, so that the ranks can agree on a step to stop after.
-
-    A second Ctrl-C ends the process at once. Other signals can arrive twice, from a launcher
-    and from a service manager, and mean no more than once.
-    """
-
-    def __init__(self) -> None:
-        self.signum = 0
-        on_stop_signal(self._receive)
-
-    def _receive(self, signum: int, frame: object) -> None:
-        if self.signum and signum == signal.SIGINT:
+    def receive(signum: int, frame: object) -> None:
+        # Other signals may come twice, from a launcher and from a service manager.
+        insisting = len(received) > 0 and signum == signal.SIGINT
+        received.append(signum)
+        if insisting and not in_launcher:
             os._exit(128 + signum)
-        self.signum = self.signum or signum
+        for worker in mp.active_children() if in_launcher else []:
+            worker.kill() if insisting else worker.terminate()
+
+    for signum in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(signum, receive)
+    return received
 
 
 # ---------------------------------------------------------------- checkpoint files
 
-CHECKPOINT_NAME = re.compile(r"epoch\d{5}-image\d{9}\.pt")
+CHECKPOINT_NAME = f"epoch{'[0-9]' * 5}-image{'[0-9]' * 9}.pt"
 NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP  # some network file systems
 
 
 def claim_folder(folder: Path) -> IO[str]:
-    """Lock a checkpoint folder for as long as the returned file is open, or raise UserError.
-
-    The kernel drops this lock when its holder dies. A file whose mere existence is the lock
-    would survive a crash and block the rerun.
-    """
+    """Lock a checkpoint folder for as long as the returned file is open, or raise UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a")  # not "w": it could be a link to a file
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            warn(f"{folder} is on a disk without locks: do not start two runs in it")
-        for leftover in folder.glob(".tmp-*"):  # of a save that was killed
-            leftover.unlink()
+        # The kernel drops this lock when its holder dies: a crash never blocks a rerun.
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another run uses {folder}: choose another --checkpoint_dir")
     except OSError as error:
-        raise UserError(f"cannot write to the checkpoint folder: {error}")
+        if error.errno not in NO_LOCKS:
+            raise UserError(f"cannot write to the checkpoint folder: {error}")
+        warn(f"{folder} is on a disk without locks: do not start two runs in it")
+    for leftover in folder.glob(".tmp-*"):  # of a save that failed or was killed
+        leftover.unlink()
     return lock
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, even after a power cut.
-
-    What `path` held before stays until the new content is safely on the disk. Raises OSError.
-    """
+    """Write a file whole or not at all, even if the power fails; raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # otherwise the new name can reach the disk first
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # otherwise the new name can reach the disk first
+    temporary.replace(path)
     # Without this, the deletion of older files can reach the disk before the new name.
     directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)
+    with contextlib.suppress(OSError):  # some network file systems refuse
+        os.fsync(directory)
     os.close(directory)
 
 
-def checkpoint_paths(folder: Path) -> list[Path]:
-    """List the checkpoints, oldest first; files with other names are the user's own."""
-    return sorted(p for p in folder.glob("*.pt") if CHECKPOINT_NAME.fullmatch(p.name))
-
-
-def encode_checkpoint(state: dict[str, Any]) -> bytes:
-    """Return the content of a checkpoint file."""
+def save_checkpoint(path: Path, state: dict[str, Any], keep: int) -> None:
+    """Write a checkpoint, then delete all but the `keep` newest; raise UserError."""
+    older = [p for p in sorted(path.parent.glob(CHECKPOINT_NAME)) if p.name < path.name]
     torch.save(state, buffer := io.BytesIO())
-    return buffer.getvalue()
-
-
-def save_checkpoint(path: Path, state: dict[str, Any], metrics: str, keep: int) -> None:
-    """Write both, then delete all but the `keep` newest checkpoints; raise UserError."""
-    older = [p for p in checkpoint_paths(path.parent) if p.name < path.name]
-    # Decoded once, its tensors are on the CPU: what a GPU wrote must load on a laptop.
-    content = encode_checkpoint(decode_checkpoint(encode_checkpoint(state)))
+    # Loaded once, its tensors are on the CPU: what a GPU wrote must load on a laptop.
+    torch.save(decode_checkpoint(buffer.getvalue()), buffer := io.BytesIO())
     try:
-        write_atomically(path, content)
-        write_atomically(path.with_name("metrics.jsonl"), metrics.encode())
+        write_atomically(path, buffer.getvalue())
         for outdated in older[::-1][keep - 1 :]:
             outdated.unlink(missing_ok=True)
     except OSError as error:
@@ -253,112 +201,92 @@ def decode_checkpoint(content: bytes) -> dict[str, Any]:
             raise ValueError(f"wrong checksum of {damaged}")
     # weights_only: an unrestricted pickle can run any code while it is loaded.
     state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    if not {"model", "optimizer", "progress", "settings"} <= set(state):
+    if not {"args", "model", "optimizer", "epoch", "images", "history"} <= set(state):
         raise ValueError("not written by this version of the program")
     return state
 
 
 def newest_checkpoint(folder: Path) -> tuple[str, bytes]:
-    """Return name and content of the newest sound checkpoint, or two empty ones.
-
-    Warns of each damaged one. Raises UserError if there are some and none is sound.
-    """
-    paths = checkpoint_paths(folder)
-    for path in reversed(paths):
+    """Return name and content of the newest sound checkpoint, or "" and b"" without any."""
+    for path in reversed(paths := sorted(folder.glob(CHECKPOINT_NAME))):
         try:
-            content = path.read_bytes()
-            decode_checkpoint(content)
+            decode_checkpoint(content := path.read_bytes())
             return path.name, content
         except Exception as error:  # noqa: BLE001 (damage can raise anything)
-            warn(f"{path} is damaged, trying the one before: {one_line(error)}")
+            warn(f"{path} is damaged, trying the one before: {error!r}")
     if paths:
-        fix = "restore one, or delete them to start from scratch"
-        raise UserError(f"no checkpoint of {len(paths)} in {folder} loads: {fix}")
+        raise UserError(f"no checkpoint in {folder} loads: restore one, or delete them")
     return "", b""
 
 
 # ---------------------------------------------------------------- launching
 
+LAUNCHER_VARIABLES = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 
-def launch(worker: Callable[..., NoReturn], args: Any, world_size: int) -> NoReturn:
-    """Run worker(rank, args, store_path) in `world_size` processes, and exit as they do.
 
-    They meet in a file: no port for a second run to collide with, and nothing that another
-    machine can reach. The exit code is that of the first worker to fail.
-    """
-    received: list[int] = []
+def refuse(message: str) -> NoReturn:
+    """Exit with code 2 and one line, from one rank per machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message} (--help lists the flags)", file=sys.stderr)
+    sys.exit(2)
 
-    def pass_on(signum: int, frame: object) -> None:
-        received.append(signum)
-        insisting = len(received) > 1 and signum == signal.SIGINT
-        for process in mp.active_children():
-            process.kill() if insisting else process.terminate()
 
+def find_world_size(requested: int | None) -> int:
+    """Return how many processes train, or refuse to."""
+    gpus = torch.cuda.device_count()
+    world_size = here = requested or max(1, gpus)
+    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
+    if missing and ("RANK" in os.environ or "WORLD_SIZE" in os.environ):
+        refuse(f"RANK or WORLD_SIZE is set, but not {', '.join(missing)}: use torchrun")
+    if not missing:
+        world_size = int(os.environ["WORLD_SIZE"])
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if requested not in (None, world_size):
+            refuse(f"--world_size {requested}, but torchrun runs {world_size}")
+        restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+        shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if restarts and shared_store and here < world_size:
+            fix = "--rdzv_backend=c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+            refuse(f"--max-restarts on several machines needs {fix}")
+    if 0 < gpus < here:
+        fix = f"start at most {gpus}, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+        refuse(f"{here} processes on this machine, but {gpus} GPUs: {fix}")
+    return world_size
+
+
+def launch(worker: Callable[..., NoReturn], args: Any, world_size: int) -> None:
+    """Run worker(rank, args, init_method) in `world_size` processes, and exit as they do."""
+    os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
     with tempfile.TemporaryDirectory(prefix="train_ddp-") as folder:
-        store_path = os.path.join(folder, "store")
+        # A file has no port for a second run to collide with, or for others to reach.
+        init_method = f"file://{folder}/store"
         if world_size == 1:
-            worker(0, args, store_path)
-        on_stop_signal(pass_on)
-        context = mp.spawn(worker, (args, store_path), nprocs=world_size, join=False)
-        if received:  # before all workers were there to be told
-            pass_on(signal.SIGTERM, None)
+            worker(0, args, init_method)
+        received = catch_stop_signals(in_launcher=True)
+        context = mp.spawn(worker, (args, init_method), nprocs=world_size, join=False)
+        for process in context.processes if received else []:
+            process.terminate()  # it was not there yet to be told
         try:
             # After a failure the others get 3 s to end, and as long after a SIGTERM.
             while not context.join(grace_period=3):
                 pass
         except mp.ProcessExitedException as error:
-            if received:
-                sys.exit(128 + received[0])
-            code, rank = error.exit_code, error.error_index
+            code = error.exit_code
+            if len(received) > 1 or (received and code in (129, 130, 143, -15)):
+                sys.exit(128 + received[0])  # as requested, politely or at once
             # 1 is for an error that is on the screen already, 143 for a polite stop.
-            if code not in (1, 128 + signal.SIGTERM):
-                killed = f"was killed by {error.signal_name}"
-                how = killed if code < 0 else f"exited with code {code}"
-                print(f"error: rank {rank} {how}; rerun to resume", file=sys.stderr)
+            if code not in (1, 143):
+                print(f"error: {error}; rerun to resume", file=sys.stderr)
             sys.exit(code if code > 0 else 128 - code)
-    sys.exit(0)
 
 
 def end_with_launcher() -> None:
-    """Have the kernel send SIGTERM to this worker when its launcher dies (Linux only).
-
-    torchrun's workers would train on as orphans: they live in sessions of their own. mp.spawn
-    has asked for SIGINT instead, which its workers ignore: `launch` tells them of a Ctrl-C.
-    """
-    launcher = multiprocessing.parent_process()
+    """Have the kernel send SIGTERM to this worker when its launcher dies (Linux only)."""
+    launcher = mp.parent_process()
     if launcher:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # `launch` tells of a Ctrl-C
+    # torchrun's workers live in sessions of their own; mp.spawn has asked for SIGINT.
     if sys.platform == "linux" and (launcher or "TORCHELASTIC_RUN_ID" in os.environ):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, see prctl(2)
     if launcher and not launcher.is_alive():  # it died before the line above
         sys.exit(1)
-
-
-# ---------------------------------------------------------------- torchrun's store
-
-
-def create_store(store_path: str | None, rank: int, world_size: int) -> dist.Store:
-    """Return the key-value store in which the ranks find one another's addresses.
-
-    torchrun keeps one store over all its restarts, in which gloo would find the addresses of
-    dead ranks (github.com/pytorch/pytorch/issues/135712). So rank 0 chooses a new prefix, and
-    the others ask for it with a question that is new each time.
-    """
-    if store_path:
-        return dist.FileStore(store_path, world_size)
-    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    prefix = uuid.uuid4().hex
-    if rank != 0:
-        store.set(f"question{rank}", prefix)
-        prefix = store.get(f"answer to {prefix}").decode()
-        store.add(f"{prefix} known", 1)
-    deadline = time.monotonic() + TIMEOUT.total_seconds()
-    while rank == 0 and store.add(f"{prefix} known", 0) < world_size - 1:
-        if time.monotonic() > deadline:
-            raise dist.DistStoreError("not all ranks have reached the store in time")
-        for other in range(1, world_size):
-            if store.check([f"question{other}"]):
-                question = store.get(f"question{other}").decode()
-                store.set(f"answer to {question}", prefix)
-        time.sleep(0.01)
-    return dist.PrefixStore(prefix, store)

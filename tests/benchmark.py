@@ -43,7 +43,7 @@ from torch.utils.data import DataLoader
 import data
 import train_ddp
 import utils
-from train_ddp import LABEL_SMOOTHING, Progress, Run, train_epoch, train_step
+from train_ddp import LABEL_SMOOTHING, Run, train_epoch, train_step
 
 BATCH = 64  # images per rank and step
 Arm = Callable[[], None]
@@ -57,15 +57,14 @@ def compare_loops(data_dir: Path, quick: bool, world_size: int) -> NoReturn:
         # A low rate: units that die leave denormal numbers, which are slow to compute.
         sys.argv[1:] = [*command[2:], "--lr", "0.0001"]
         args = train_ddp.parse_args()
-        train_ddp.settle_world_size(args)
         utils.launch(functools.partial(measuring_rank, blocks, steps), args, world_size)
 
 
-def measuring_rank(blocks: int, steps: int, rank: int, args, store_path) -> NoReturn:
+def measuring_rank(blocks: int, steps: int, rank: int, args, init_method) -> NoReturn:
     """Be a rank of the program that has few images, and measures in place of an epoch."""
 
-    def load_part(data_dir: Path, may_download: bool = False):
-        name, train_set, test_set = data.load_data(data_dir, may_download)
+    def load_part(data_dir: Path):
+        name, train_set, test_set = data.load_data(data_dir)
         part = slice(args.world_size * BATCH * steps)
         images, labels = train_set.images[part], train_set.labels[part]
         return name, data.Digits(images, labels), test_set
@@ -77,7 +76,7 @@ def measuring_rank(blocks: int, steps: int, rank: int, args, store_path) -> NoRe
         sys.exit()
 
     train_ddp.load_data, train_ddp.train_epoch = load_part, measure
-    train_ddp.run_rank(rank, args, store_path)
+    train_ddp.run_rank(rank, args, init_method)
 
 
 def create_arms(run: Run, ddp: nn.Module, loader: DataLoader, stop) -> dict[str, Arm]:
@@ -89,9 +88,9 @@ def create_arms(run: Run, ddp: nn.Module, loader: DataLoader, stop) -> dict[str,
     gradients = torch.zeros(sum(p.numel() for p in model.parameters()))
 
     def loop(loader: DataLoader) -> None:
-        run.progress = Progress()
+        run.epoch, run.images, run.step, run.loss_sum, run.seconds = 0, 0, 0, 0.0, 0.0
         sampler.set_epoch(0)
-        loader.dataset.set_epoch(run.args.seed, 0)
+        loader.dataset.draw_shifts(run.args.seed, 0)
         train_epoch(run, ddp, loader, stop)
 
     def ddp_steps() -> None:
@@ -196,7 +195,9 @@ def first_step(data_dir: Path) -> float:
     code = "import os, train_ddp; train_ddp.train_step = lambda *_: os._exit(0)\n"
     with tempfile.TemporaryDirectory() as folder:
         command = program(data_dir, folder, epochs=1, world_size=1, seed=0)
-        command[1:2] = "-c", code + "train_ddp.main()"
+        code += "args = train_ddp.parse_args()\n"
+        code += "train_ddp.utils.launch(train_ddp.run_rank, args, args.world_size)"
+        command[1:2] = "-c", code
         return seconds_of(command, folder)
 
 
@@ -221,7 +222,8 @@ def whole_programs(data_dir: Path, seed: int) -> dict[str, float]:
     """Train one epoch, do it again with nothing left to do, and train three epochs."""
     with tempfile.TemporaryDirectory() as folder:
         memory = peak_memory(program(data_dir, folder, 1, 2, seed))
-        record = json.loads(Path(folder, "metrics.jsonl").read_text())
+        [path] = Path(folder).glob("*.pt")
+        [record] = torch.load(path, weights_only=True)["history"]
         rerun = seconds_of(program(data_dir, folder, 1, 1, seed))
     with tempfile.TemporaryDirectory() as folder:
         memory3 = peak_memory(program(data_dir, folder, 3, 2, seed))
@@ -317,7 +319,8 @@ def main() -> None:
     if not args.quick and data_dir == data.SAMPLE_DIR:
         parser.error("--data_dir is needed, unless --quick is set")
     count = 1 if args.quick else args.rounds
-    name, _, _ = data.load_data(data_dir, may_download=True)
+    data.download(data_dir)
+    name, _, _ = data.load_data(data_dir)
     print(f"{machine()}, {name}, rounds: {count}", flush=True)
     rounds = []
     for number in range(count):

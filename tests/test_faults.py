@@ -259,16 +259,16 @@ class ConvNet(ConvNet):
             command(*JOB, "--data_dir", data, data=False),
             r"MNIST 10000\+2000 (\w{12}),.* MNIST 10000\+2000 (?!\1)\w{12}:",
         ),
-        "model": (other_model(*JOB), r"model.*layers\.9\.weight"),
+        "model": (other_model(*JOB), r"does not fit.*layers\.9\.weight"),
         "SGD": (command(*JOB), "optimizer SGD,.* AdamW:"),
-        "groups": (command(*JOB), "optimizer:.*parameter group"),
+        "groups": (command(*JOB), "does not fit.*parameter group"),
     }
     jobs = {}
     for kind, (cmd, pattern) in cases.items():
         own = shutil.copytree(folder, tmp_path / f"{kind}-checkpoints")
         state = newest(own)
         if kind == "SGD":
-            state["settings"]["optimizer"] = "SGD"
+            state["args"]["optimizer"] = "SGD"
             state["optimizer"] = sgd.state_dict()
         elif kind == "groups":
             state["optimizer"] = groups.state_dict()
@@ -297,7 +297,7 @@ def test_changed_batch_size_lr_and_world_size_are_allowed_and_reported(
         "world_size from 2 to 1",
     ):
         assert result.stdout.count(change) == 1
-    assert newest(folder)["settings"]["batch_size"] == 32
+    assert newest(folder)["args"]["batch_size"] == 32
 
 
 def test_files_with_other_names_are_neither_loaded_nor_deleted(folder):
@@ -308,7 +308,7 @@ def test_files_with_other_names_are_neither_loaded_nor_deleted(folder):
     assert utils.newest_checkpoint(folder)[0] == last.name
     utils.claim_folder(folder).close()
     following = folder / "epoch00002-image000000000.pt"
-    utils.save_checkpoint(following, newest(folder), "", keep=1)
+    utils.save_checkpoint(following, newest(folder), keep=1)
     assert set(folder.glob("epoch*")) == {following, *own}
 
 
@@ -334,13 +334,15 @@ def test_a_new_checkpoint_is_on_the_disk_before_older_ones_are_deleted(
 
     for function in "fsync", "replace", "unlink":
         record(function)
-    utils.save_checkpoint(path, newest(folder), "metrics", keep=1)
+    utils.save_checkpoint(path, newest(folder), keep=1)
     content, name = ("fsync", f"{folder}/.tmp-{path.name}"), ("replace", str(path))
     order = [content, name, ("fsync", str(folder)), ("unlink", str(old))]
     assert sorted(map(events.index, order)) == list(map(events.index, order)), events
-    for written in path, folder / "metrics.jsonl":  # flushed before the fsync
-        assert sizes[f"{folder}/.tmp-{written.name}"] == written.stat().st_size
+    # It was flushed before the fsync.
+    assert sizes[f"{folder}/.tmp-{path.name}"] == path.stat().st_size
     assert checkpoints(folder) == [path]
+    utils.write_atomically(folder / "small", b"flushed too")
+    assert sizes[f"{folder}/.tmp-small"] == len("flushed too")
 
 
 def test_a_checkpoint_holds_cpu_tensors_only(folder, tmp_path):
@@ -363,7 +365,7 @@ def test_a_checkpoint_holds_cpu_tensors_only(folder, tmp_path):
 
     try:
         torch.save(state, tmp_path / "gpu.pt")
-        utils.save_checkpoint(path, state, "", keep=1)
+        utils.save_checkpoint(path, state, keep=1)
         assert devices(tmp_path / "gpu.pt").count("cuda:0") == len(weights)
         assert {*devices(path)} == {"cpu"}
     finally:
@@ -386,7 +388,6 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole_and_names_the_good_one(
     assert line.endswith(f"{checkpoints(folder)[-1].name}")
     assert "File too large" in line
     assert snapshot(folder) == before
-    assert not list(folder.glob(".tmp-*"))
 
 
 def test_a_data_folder_that_cannot_be_made_is_an_error_without_a_network_too(tmp_path):
@@ -399,6 +400,7 @@ def test_a_data_folder_that_cannot_be_made_is_an_error_without_a_network_too(tmp
     assert "file/data" in line and "--data_dir" in line
 
 
+@pytest.mark.slow
 def test_a_folder_that_turns_read_only_is_reported_with_the_good_checkpoint(tmp_path):
     """A run that begins in a read-only folder is refused as clearly."""
     folder = tmp_path / "checkpoints"
@@ -418,7 +420,6 @@ def test_a_folder_that_turns_read_only_is_reported_with_the_good_checkpoint(tmp_
         assert [path.name for path in checkpoints(folder)] == [
             f"epoch00000-image{20 * 64:09d}.pt"
         ]
-        assert not list(folder.glob(".tmp-*"))
         utils.decode_checkpoint(checkpoints(folder)[-1].read_bytes())
         result = run(command(*LONG, "--checkpoint_dir", folder / "new"), tmp_path)
         assert result.returncode == 1
@@ -427,6 +428,7 @@ def test_a_folder_that_turns_read_only_is_reported_with_the_good_checkpoint(tmp_
         os.system(f"{unlock} {folder}")
 
 
+@pytest.mark.slow
 def test_a_folder_deleted_during_the_run_is_created_again(undisturbed, tmp_path):
     delete = fault_in(0, 'shutil.rmtree("checkpoints")', step=25)
     make = changed_program(tmp_path / "it", data=delete)
@@ -537,7 +539,9 @@ os.fsync = fsync_and_hold
 
 
 FAULTS = {
-    "raises": 'raise ConnectionResetError("Connection reset by peer")',
+    "raises": """import atexit
+        atexit.register(print, "torn down")
+        raise ConnectionResetError("Connection reset by peer")""",
     "exits": "os._exit(7)",
     "is killed": "os.kill(os.getpid(), signal.SIGKILL)",
 }
@@ -547,10 +551,10 @@ FAULTS = {
     "torchrun, rank, fault",
     [
         (False, 0, "exits"),
-        (False, 1, "raises"),
+        pytest.param(False, 1, "raises", marks=pytest.mark.slow),
         (False, 1, "is killed"),
         (True, 1, "raises"),
-        (True, 0, "is killed"),
+        pytest.param(True, 0, "is killed", marks=pytest.mark.slow),
     ],
 )
 def test_when_a_rank_dies_all_end_soon_and_the_cause_is_reported(
@@ -563,6 +567,7 @@ def test_when_a_rank_dies_all_end_soon_and_the_cause_is_reported(
     output = ends(job, tmp_path)
     if fault == "raises":
         assert output.count("\nConnectionResetError: ") == 1
+        assert "torn down" not in output  # which can hang, with pending collectives
         assert len(re.findall("rank . lost another rank", output)) == 1
         assert f"rank {1 - rank} lost another rank" in output
     elif torchrun:  # it is torchrun that reports
@@ -570,8 +575,8 @@ def test_when_a_rank_dies_all_end_soon_and_the_cause_is_reported(
         assert re.search(rf"rank +: {rank} .*\n *exitcode +: {code} ", output)
     else:
         cause = {
-            "exits": rf"error: rank {rank} exited with code 7\b",
-            "is killed": f"error: rank {rank} was killed by SIGKILL",
+            "exits": f"error: process {rank} terminated with exit code 7;",
+            "is killed": f"error: process {rank} terminated with signal SIGKILL",
         }
         assert len(re.findall(cause[fault], output)) == 1
         assert "Traceback" not in output
@@ -605,6 +610,7 @@ def test_workers_end_soon_if_their_launcher_is_killed_during_start_up(tmp_path, 
     wait_until(lambda: not processes(tmp_path), TOGETHER)
 
 
+@pytest.mark.slow
 def test_a_frozen_rank_ends_the_run_after_the_timeout(tmp_path, start):
     """It is shortened here; killing the frozen rank takes the launcher some seconds more."""
     stop = fault_in(0, "os.kill(os.getpid(), signal.SIGSTOP)")
@@ -617,22 +623,20 @@ def test_a_frozen_rank_ends_the_run_after_the_timeout(tmp_path, start):
     )
 
 
-def imports_torch(pid: int, worker: bool = True) -> bool:
-    """Whether a launcher or a worker (not one that torchrun has only forked) does or did."""
-    process = Path(f"/proc/{pid}")
+def imports_torch(pid: int) -> bool:
+    """Whether a self-spawned worker imports torch, or has done so."""
     try:
-        if worker and runs(pid, "torch.distributed.run"):
-            return False
-        return "libtorch_cpu" in (process / "maps").read_text()
+        maps = Path(f"/proc/{pid}/maps").read_text()
     except OSError:
         return False
+    return runs(pid, "spawn_main") and "libtorch_cpu" in maps
 
 
 @pytest.mark.parametrize(
     ("torchrun", "moment"),
     [
-        *((False, m) for m in ["launcher", "interpreter", "worker", "set-up"]),
-        *((True, m) for m in ["worker", "set-up"]),
+        *((False, m) for m in ["interpreter", "worker", "set-up"]),
+        (True, "set-up"),
     ],
 )
 def test_ctrl_c_during_start_up_leaves_at_once(torchrun, moment, tmp_path, start):
@@ -642,8 +646,6 @@ def test_ctrl_c_during_start_up_leaves_at_once(torchrun, moment, tmp_path, start
         wait_until(
             lambda: any(runs(pid, "spawn_main") for pid in job.workers()), 60, job
         )
-    elif moment == "launcher":
-        wait_until(lambda: imports_torch(job.process.pid, worker=False), 60, job)
     elif moment == "worker":
         wait_until(lambda: any(map(imports_torch, job.workers())), 60, job)
     else:
@@ -656,6 +658,7 @@ def test_ctrl_c_during_start_up_leaves_at_once(torchrun, moment, tmp_path, start
     assert not checkpoints(tmp_path / "checkpoints")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("torchrun", [False, True])
 def test_trains_with_an_unresolvable_hostname_and_a_full_dev_shm(
     torchrun, unshare, undisturbed, tmp_path
@@ -718,7 +721,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_never_reaches_a_checkpoint(
     tmp_path,
 ):
     """A rerun stops as clearly, instead of training on from nan."""
-    for often in ("--save_every", 1), (), ("--save_every", 1):
+    for often in ("--save_every", 1), ():
         wild = "--lr", 9e4, "--epochs", 3, "--keep", 500, "--world_size", 2
         result = run(command(*wild, *often), tmp_path)
         assert result.returncode == 1, result.stdout
@@ -732,10 +735,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_never_reaches_a_checkpoint(
 def save_weights_that_are_not_finite(folder: Path) -> None:
     model = ConvNet()
     model.layers[0].bias.data[0] = torch.inf
-    args, optimizer = SimpleNamespace(checkpoint_dir=folder, keep=3), torch.optim.AdamW
-    run = train_ddp.Run(
-        args, {}, model, optimizer(model.parameters()), train_ddp.Progress()
-    )
+    args = SimpleNamespace(checkpoint_dir=folder, keep=3)
+    run = train_ddp.Run(args, model, torch.optim.AdamW(model.parameters()))
     with pytest.raises(utils.UserError, match="lower --lr"):
         train_ddp.save(run)
 
