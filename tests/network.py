@@ -1,0 +1,174 @@
+"""Predict the time of a DDP step over a slow network, and compare with what is measured.
+
+    python tests/network.py        as root, on Linux with iproute2; takes a minute
+
+Two ranks train on two simulated machines (see machines.py), joined by cables of several
+speeds. The model of a step with N ranks and P parameters of 4 bytes is
+
+    step       = compute + straggler + all-reduce
+    all-reduce = 2 (N - 1) L + 2 (N - 1) / N * 4 P / B        (a ring, as gloo and NCCL have)
+    straggler  = S * sqrt(2 ln N)                             (the slowest of N normal ones)
+
+compute is a step on the unlimited cable, less its all-reduce; S is the spread of a rank's own
+steps. Latency L and bandwidth B are fitted to all-reduces of 16 and of 400,000 numbers over
+each cable. None of them has seen a step over that cable: this is what is predicted.
+"""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.pop("OMP_NUM_THREADS", None)
+
+import torch
+import torch.distributed as dist
+from machines import two_machines
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import utils
+from data import SAMPLE_DIR, load_data
+from model import ConvNet
+from train_ddp import settle_buckets, train_step
+
+CABLES = None, "1gbit", "300mbit", "100mbit"
+SMALL, LARGE = 16, 400_000  # numbers in the all-reduces that L and B are fitted to
+WIDE = 256  # units that are put before the last layer, for a model with more parameters
+ROUNDS, STEPS = 7, 20
+
+
+def measure() -> None:
+    """Be a rank; rank 0 prints the median times, in seconds."""
+    utils.join_process_group("env://")
+    _, digits, _ = load_data(SAMPLE_DIR)
+    batches = [
+        digits.__getitems__([*range(i, i + 64)]) for i in range(0, STEPS * 64, 64)
+    ]
+    narrow, wide = ConvNet(), ConvNet()
+    wide.layers[-1] = nn.Sequential(
+        nn.Linear(864, WIDE), nn.ReLU(), nn.Linear(WIDE, 10)
+    )
+    arms, own_steps = {}, []
+    for name, model in ("narrow", narrow), ("wide", wide):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        settle_buckets(ddp, digits.images[:1])
+        arms[name] = lambda batch, d=ddp, o=optimizer: train_step(d, o, batch)
+    small, large = torch.zeros(SMALL), torch.zeros(LARGE)
+    arms |= {"small": lambda _: dist.all_reduce(small)}
+    arms |= {"large": lambda _: dist.all_reduce(large)}
+    times = {name: [] for name in arms}
+    for _ in range(ROUNDS):
+        for name, work in arms.items():
+            dist.barrier()
+            start = time.perf_counter()
+            for batch in batches:
+                work(batch)
+            times[name].append((time.perf_counter() - start) / STEPS)
+        dist.barrier()
+        for batch in batches:  # no communication: the spread of a rank's own steps
+            start = time.perf_counter()
+            narrow(batch[0]).sum().backward()
+            own_steps.append(time.perf_counter() - start)
+    figures = {name: statistics.median(values[1:]) for name, values in times.items()}
+    low, _, high = statistics.quantiles(own_steps[STEPS:], n=4)
+    figures["spread"] = (high - low) / 1.349  # the standard deviation, but for outliers
+    for name, model in ("narrow", narrow), ("wide", wide):
+        figures[f"{name} parameters"] = sum(p.numel() for p in model.parameters())
+    utils.print0(json.dumps(figures))
+    dist.destroy_process_group()
+
+
+def measure_cable(rate: str | None) -> dict[str, float]:
+    with two_machines(rate) as machines:
+        first = next(iter(machines))
+        ranks = []
+        for rank, prefix in enumerate(machines.values()):
+            env = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+            env |= {
+                "LOCAL_WORLD_SIZE": "1",
+                "MASTER_ADDR": first,
+                "MASTER_PORT": "29500",
+            }
+            command = [*prefix, sys.executable, __file__, "--rank"]
+            env = os.environ | env
+            ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=env))
+        outputs = [process.communicate(timeout=600)[0] for process in ranks]
+    figures = json.loads(outputs[0])
+    latency = figures["small"] / 2
+    seconds = figures["large"] - figures["small"]
+    return figures | {"L": latency, "B": 4 * (LARGE - SMALL) / seconds}
+
+
+def all_reduce(
+    parameters: float, ranks: int, latency: float, bandwidth: float
+) -> float:
+    """Return the seconds of a ring all-reduce."""
+    return 2 * (ranks - 1) * (latency + 4 * parameters / ranks / bandwidth)
+
+
+def main() -> None:
+    cables = {rate: measure_cable(rate) for rate in CABLES}
+    base = cables[None]
+    print(
+        f"torch {torch.__version__}; times in ms, medians of {ROUNDS - 1} x {STEPS} steps"
+    )
+    print(f"{'cable':>9}{'L':>7}{'B, Mbit/s':>11}{'parameters':>12}", end="")
+    print(f"{'all-reduce':>12}{'predicted':>11}{'measured':>10}{'error':>8}")
+    compute = {}
+    for rate, cable in cables.items():
+        for name in "narrow", "wide":
+            parameters = cable[f"{name} parameters"]
+            exchange = all_reduce(parameters, 2, cable["L"], cable["B"])
+            if rate is None:
+                compute[name] = base[name] - exchange
+            predicted, measured = compute[name] + exchange, cable[name]
+            print(f"{rate or 'unlimited':>9}{1e3 * cable['L']:>7.2f}", end="")
+            print(
+                f"{8e-6 * cable['B']:>11,.0f}{parameters:>12,}{1e3 * exchange:>12.2f}",
+                end="",
+            )
+            print(f"{1e3 * predicted:>11.2f}{1e3 * measured:>10.2f}", end="")
+            print(f"{predicted / measured - 1:>8.0%}")
+    print(f"\nspread of a rank's own steps S: {1e3 * base['spread']:.2f} ms\n")
+    mine = compute["narrow"], base["spread"], base["narrow parameters"]
+    slow = cables["1gbit"]["L"], cables["1gbit"]["B"]
+    print_outlook("this model, the 1gbit cable", *mine, *slow)
+    print_outlook("this model, 1 ms, 1 Gbit/s", *mine, 1e-3, 125e6)
+    print_outlook("25 M parameters, 50 us, 10 Gbit/s", 0.2, 0.004, 25e6, 50e-6, 1.25e9)
+    print_outlook("100 M parameters, 50 us, 10 Gbit/s", 0.2, 0.004, 1e8, 50e-6, 1.25e9)
+
+
+def print_outlook(
+    case: str, own: float, spread: float, parameters: float, L: float, B: float
+) -> None:
+    """Print which part of N times the speed of one rank is left, and what raises it."""
+    text = f"{case}, compute {1e3 * own:.1f} ms"
+    print(f"{text:52}" + "".join(f"{f'N = {n}':>9}" for n in (2, 8, 64, 512)))
+    for label, batches, size in (
+        ("  DDP as it is", 1, parameters),
+        ("  16-bit gradients", 1, parameters / 2),
+        ("  gradients of 8 batches accumulated", 8, parameters),
+    ):
+        print(f"{label:52}", end="")
+        for ranks in 2, 8, 64, 512:
+            slowest = spread * math.sqrt(batches * 2 * math.log(ranks))
+            exchange = all_reduce(size, ranks, L, B)
+            part = batches * own / (batches * own + slowest + exchange)
+            print(f"{part:>9.0%}", end="")
+        print()
+    print(
+        f"  many ranks spend 10% on bandwidth from {own * B / 72:,.0f} parameters on\n"
+    )
+
+
+if __name__ == "__main__":
+    measure() if sys.argv[1:] == ["--rank"] else main()
