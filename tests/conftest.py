@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,8 @@ from pathlib import Path
 # Before torch is imported: the tests are about processes on a CPU, with one thread each.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.pop("OMP_NUM_THREADS", None)
+# A suite in the background has an ignored Ctrl-C, which the programs under test would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
