@@ -7,6 +7,7 @@ import socket
 import struct
 import tempfile
 from collections.abc import Iterator
+from glob import glob  # Path.glob raises where a folder must not be entered
 from pathlib import Path
 
 import torch
@@ -89,8 +90,7 @@ class Digits(Dataset):
 def load_data(data_dir: Path) -> tuple[str, Digits, Digits]:
     """Return a name with a digest, training set and test set, or raise UserError."""
     raw, sample = (folder / DATASET / "raw" for folder in (data_dir, SAMPLE_DIR))
-    # Not Path.is_dir: it raises where a parent folder must not be entered.
-    if os.path.isdir(sample) and not (os.path.isdir(raw) and os.listdir(raw)):
+    if glob("*", root_dir=sample) and not glob("*", root_dir=raw):
         raw = sample
     digest, sets = hashlib.sha256(), []
     for images_file, labels_file in (FILES[:2], FILES[2:]):
@@ -127,7 +127,7 @@ def read_idx(path: Path, dimensions: int) -> torch.Tensor:
 def download(data_dir: Path) -> None:
     """Have torchvision download all or none, or warn; raise UserError for a bad folder."""
     raw, seconds = data_dir / DATASET / "raw", socket.getdefaulttimeout()
-    if os.path.isdir(raw) and os.listdir(raw):
+    if glob("*", root_dir=raw):
         return
     try:
         raw.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ def download(data_dir: Path) -> None:
             getattr(datasets, DATASET)(fresh, download=True)
             os.replace(Path(fresh, DATASET, "raw"), raw)
     except Exception as error:  # noqa: BLE001 (whatever it is, there is the sample)
-        if not (os.path.isdir(raw) and os.listdir(raw)):  # or another run was faster
+        if not glob("*", root_dir=raw):  # or another run was faster
             warn(
                 f"{DATASET} could not be downloaded ({error!r}).\nThis uses THE BUNDLED SAMPLE "
                 "of 10,000 digits of MNIST, which is less accurate. For all,\nrerun with a "
