@@ -68,6 +68,9 @@ def train(args: argparse.Namespace, init_method: str) -> int:
     run = Run(args, model, optimizer)
     path = resume(run)
     report_start(args, device.type, path)
+    if run.epoch >= args.epochs:
+        print0(f"finished   test accuracy {run.history[-1]['test_accuracy']:.2%}")
+        return 0
 
     # From here on, each backward pass also averages the gradients over all ranks.
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)  # saves a copy
@@ -85,8 +88,6 @@ def train(args: argparse.Namespace, init_method: str) -> int:
             print0(f"stopped; {path} has all progress: rerun to resume")
             return 128 + (stop or [signal.SIGTERM])[0]  # or another rank's signal
         finish_epoch(run, evaluate(model, test_set))
-    accuracy = run.history[-1]["test_accuracy"]
-    print0(f"result     test accuracy {accuracy:.2%} after epoch {run.epoch}")
     return 0
 
 

@@ -70,11 +70,10 @@ def choose_device(local_rank: int) -> torch.device:
         torch.backends.cudnn.deterministic = True
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
         return torch.device("cuda", local_rank)
-    if hasattr(os, "SCHED_BATCH"):
-        # Otherwise Linux lets gloo's receiving thread push its sending one off the core while
-        # that holds a lock: two ranks on two cores train a third slower.
-        with contextlib.suppress(OSError):  # forbidden in some sandboxes
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    # Otherwise Linux lets gloo's receiving thread push its sending one off the core while that
+    # holds a lock: two ranks on two cores train a third slower.
+    with contextlib.suppress(AttributeError, OSError):  # on macOS, or in a sandbox
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     return torch.device("cpu")
 
 

@@ -85,7 +85,7 @@ def create_arms(run: Run, ddp: nn.Module, loader: DataLoader, stop) -> dict[str,
     half = DataLoader(loader.dataset, BATCH // 2, sampler=sampler, collate_fn=tuple)
     model, optimizer = copy.deepcopy((run.model, run.optimizer))
     model.train()
-    gradients = torch.zeros(sum(p.numel() for p in model.parameters()))
+    parameters = torch.zeros(sum(p.numel() for p in model.parameters()))
 
     def loop(loader: DataLoader) -> None:
         run.epoch, run.images, run.step, run.loss_sum, run.seconds = 0, 0, 0, 0.0, 0.0
@@ -97,19 +97,22 @@ def create_arms(run: Run, ddp: nn.Module, loader: DataLoader, stop) -> dict[str,
         for batch in batches:
             train_step(ddp, run.optimizer, batch)
 
-    def bare_steps() -> None:
+    def bare_steps(meet: Arm = lambda: None) -> None:
         loss_function = nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
         for images, labels in batches:
             loss_function(model(images), labels).backward()
+            meet()
             optimizer.step()
             optimizer.zero_grad()
 
     def all_reduce() -> None:
         for _ in batches:
-            dist.all_reduce(gradients)
+            dist.all_reduce(parameters)
 
     arms = {"loop": functools.partial(loop, loader), "ddp": ddp_steps}
-    arms |= {"bare": bare_steps, "busy": arms["loop"], "all_reduce": all_reduce}
+    meet = functools.partial(dist.all_reduce, torch.zeros(1))
+    arms |= {"bare": bare_steps, "meet": functools.partial(bare_steps, meet)}
+    arms |= {"busy": arms["loop"], "all_reduce": all_reduce}
     if run.args.world_size == 2:
         arms["half"] = functools.partial(loop, half)
     return arms
@@ -147,7 +150,7 @@ def spinning_process() -> Iterator[None]:
 def summarize(rates: dict[str, list[float]]) -> dict[str, float]:
     """Return the median of each arm, and of ratios that are formed within each block."""
     figures = {name: statistics.median(values) for name, values in rates.items()}
-    for pair in ("loop", "bare"), ("ddp", "bare"), ("busy", "loop"):
+    for pair in ("loop", "bare"), ("ddp", "bare"), ("meet", "bare"), ("busy", "loop"):
         ratios = [a / b for a, b in zip(*(rates[name] for name in pair))]
         figures["/".join(pair)] = statistics.median(ratios)
     return figures
@@ -253,6 +256,7 @@ def one_round(data_dir: Path, quick: bool, seed: int) -> dict[str, float]:
         "2 ranks: bare steps, each for itself, images/s": two["bare"],
         "2 ranks: loop / bare steps (goal 0.88)": two["loop/bare"],
         "2 ranks: bare steps through DDP / bare steps": two["ddp/bare"],
+        "2 ranks: bare steps, all-reduce of 1 number / bare": two["meet/bare"],
         "2 ranks: one all-reduce of the parameters, ms": 1000 * all_reduce,
         "2 ranks: all-reduce / step, time": all_reduce / step,
         "1 rank: busy / quiet machine, images/s (goal 0.33)": one["busy/loop"],
