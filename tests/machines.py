@@ -1,12 +1,20 @@
 """Two machines in one: network namespaces joined by a cable, each with a name of its own.
 
-Needs root and iproute2. A rate limit on the cable is set by tc's token bucket filter.
+Needs root, Linux and iproute2. A slow cable is a process that carries the packets, as many
+kernels come without tc's netem: python tests/machines.py NAMESPACE NAMESPACE RATE LATENCY
 """
 
 import contextlib
+import ctypes
+import fcntl
 import os
+import select
+import struct
 import subprocess
+import sys
 import tempfile
+import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,12 +29,58 @@ def shell(command: str) -> None:
         raise OSError(f"{command}: {done.stderr.strip()}")
 
 
+def open_card(namespace: str) -> int:
+    """Create the network card eth0 in a namespace; return the file of its packets."""
+    with open(f"/run/netns/{namespace}") as file:
+        if ctypes.CDLL(None).setns(file.fileno(), 0):
+            raise OSError(f"cannot enter {namespace}")
+    card = os.open("/dev/net/tun", os.O_RDWR)
+    tunsetiff, iff_tun, iff_no_pi = 0x400454CA, 0x0001, 0x1000  # linux/if_tun.h
+    request = struct.pack("16sH22x", b"eth0", iff_tun | iff_no_pi)
+    fcntl.ioctl(card, tunsetiff, request)
+    return card
+
+
+def carry(cards: list[int], rate: float, latency: float) -> None:
+    """Carry packets between two cards for ever: `rate` in bits/s each way, `latency` in s."""
+    waiting = deque(), deque()  # for each card, what it sent: (when it arrives, packet)
+    free = [0.0, 0.0]  # when its side of the cable has sent all of them
+    while True:
+        next_one = min((queue[0][0] for queue in waiting if queue), default=None)
+        timeout = None if next_one is None else max(0, next_one - time.monotonic())
+        readable, _, _ = select.select(cards, [], [], timeout)
+        now = time.monotonic()
+        for side, (card, queue) in enumerate(zip(cards, waiting)):
+            if card in readable:
+                packet = os.read(card, 65536)
+                free[side] = max(now, free[side]) + 8 * len(packet) / rate
+                queue.append((free[side] + latency, packet))
+            while queue and queue[0][0] <= now:
+                with contextlib.suppress(OSError):  # to a card that is not up yet
+                    os.write(cards[1 - side], queue.popleft()[1])
+
+
 @contextlib.contextmanager
-def two_machines(rate: str | None = None) -> Iterator[dict[str, list[str]]]:
+def slow_cable(names: list[str], rate: float, latency: float) -> Iterator[None]:
+    """Join two namespaces by cards that are called eth0."""
+    command = [sys.executable, __file__, *names, str(rate), str(latency)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            if not process.stdout.readline():
+                raise OSError("cannot create network cards")
+            yield
+        finally:
+            process.kill()
+
+
+@contextlib.contextmanager
+def two_machines(
+    rate: float | None = None, latency: float = 0
+) -> Iterator[dict[str, list[str]]]:
     """Create machines; yield for each name the prefix of commands to be run on it.
 
-    `rate` limits the cable, each way, in the words of tc, such as "1gbit". Raises OSError
-    where this is not possible.
+    `rate` in bits/s and `latency` in seconds slow the cable, each way. Raises OSError where
+    this is not possible.
     """
     if os.geteuid():
         raise OSError("needs root")
@@ -39,19 +93,29 @@ def two_machines(rate: str | None = None) -> Iterator[dict[str, list[str]]]:
         for name in addresses:
             shell(f"ip netns add {name}")
             clean_up.callback(shell, f"ip netns del {name}")
-        card = f"ip link add eth0 netns {first} type veth"
-        shell(f"{card} peer name eth0 netns {second}")
+        if rate:
+            clean_up.enter_context(slow_cable([*addresses], rate, latency))
+            for name in addresses:  # few large packets, to leave the CPU to the ranks
+                shell(f"ip -n {name} link set eth0 mtu 60000")
+        else:
+            card = f"ip link add eth0 netns {first} type veth"
+            shell(f"{card} peer name eth0 netns {second}")
         for name, address in addresses.items():
             shell(f"ip -n {name} addr add {address}/24 dev eth0")
             for card in "eth0", "lo":
                 shell(f"ip -n {name} link set {card} up")
-            if rate:
-                # A short queue: otherwise one side's backlog would count as latency.
-                bucket = f"tbf rate {rate} burst 8kb latency 20ms"
-                shell(f"ip netns exec {name} tc qdisc add dev eth0 root {bucket}")
         enter = ["unshare", "-mu", "sh", "-ec", ENTER, "sh"]
         shell(f"ip netns exec {first} unshare -mu true")
         yield {
             name: ["ip", "netns", "exec", name, *enter, name, str(hosts)]
             for name in addresses
         }
+
+
+if __name__ == "__main__":
+    *namespaces, rate, latency = sys.argv[1:]
+    cards = [open_card(name) for name in namespaces]
+    # Its work must not wait for the ranks, which keep all cores busy.
+    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    print("ready", flush=True)
+    carry(cards, float(rate), float(latency))

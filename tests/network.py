@@ -1,17 +1,18 @@
 """Predict the time of a DDP step over a slow network, and compare with what is measured.
 
-    python tests/network.py        as root, on Linux with iproute2; takes a minute
+    python tests/network.py        as root, on Linux with iproute2; takes three minutes
 
 Two ranks train on two simulated machines (see machines.py), joined by cables of several
-speeds. The model of a step with N ranks and P parameters of 4 bytes is
+speeds and latencies. The model of a step with N ranks and P parameters of 4 bytes is
 
     step       = compute + straggler + all-reduce
     all-reduce = 2 (N - 1) L + 2 (N - 1) / N * 4 P / B        (a ring, as gloo and NCCL have)
     straggler  = S * sqrt(2 ln N)                             (the slowest of N normal ones)
 
-compute is a step on the unlimited cable, less its all-reduce; S is the spread of a rank's own
+compute is a step on the fastest cable, less its all-reduce; S is the spread of a rank's own
 steps. Latency L and bandwidth B are fitted to all-reduces of 16 and of 400,000 numbers over
-each cable. None of them has seen a step over that cable: this is what is predicted.
+each cable. None of them has seen a step over that cable: this is what is predicted. L is
+twice the latency of the cable, as gloo sends when the receiver has told that it is ready.
 """
 
 import json
@@ -39,7 +40,14 @@ from data import SAMPLE_DIR, load_data
 from model import ConvNet
 from train_ddp import settle_buckets, train_step
 
-CABLES = None, "1gbit", "300mbit", "100mbit"
+CABLES = {  # bits/s each way, and seconds
+    "1 Tbit/s": (1e12, 0),
+    "1 Gbit/s": (1e9, 0),
+    "1 Gbit/s, 1 ms": (1e9, 1e-3),
+    "300 Mbit/s, 1 ms": (3e8, 1e-3),
+    "100 Mbit/s": (1e8, 0),
+    "100 Mbit/s, 5 ms": (1e8, 5e-3),
+}
 SMALL, LARGE = 16, 400_000  # numbers in the all-reduces that L and B are fitted to
 WIDE = 256  # units that are put before the last layer, for a model with more parameters
 ROUNDS, STEPS = 7, 20
@@ -87,8 +95,8 @@ def measure() -> None:
     dist.destroy_process_group()
 
 
-def measure_cable(rate: str | None) -> dict[str, float]:
-    with two_machines(rate) as machines:
+def measure_cable(rate: float, latency: float) -> dict[str, float]:
+    with two_machines(rate, latency) as machines:
         first = next(iter(machines))
         ranks = []
         for rank, prefix in enumerate(machines.values()):
@@ -116,22 +124,22 @@ def all_reduce(
 
 
 def main() -> None:
-    cables = {rate: measure_cable(rate) for rate in CABLES}
-    base = cables[None]
+    cables = {name: measure_cable(*limits) for name, limits in CABLES.items()}
+    base = cables["1 Tbit/s"]
     print(
         f"torch {torch.__version__}; times in ms, medians of {ROUNDS - 1} x {STEPS} steps"
     )
-    print(f"{'cable':>9}{'L':>7}{'B, Mbit/s':>11}{'parameters':>12}", end="")
+    print(f"{'cable':>16}{'L':>7}{'B, Mbit/s':>11}{'parameters':>12}", end="")
     print(f"{'all-reduce':>12}{'predicted':>11}{'measured':>10}{'error':>8}")
     compute = {}
-    for rate, cable in cables.items():
+    for limits, cable in cables.items():
         for name in "narrow", "wide":
             parameters = cable[f"{name} parameters"]
             exchange = all_reduce(parameters, 2, cable["L"], cable["B"])
-            if rate is None:
+            if cable is base:
                 compute[name] = base[name] - exchange
             predicted, measured = compute[name] + exchange, cable[name]
-            print(f"{rate or 'unlimited':>9}{1e3 * cable['L']:>7.2f}", end="")
+            print(f"{limits:>16}{1e3 * cable['L']:>7.2f}", end="")
             print(
                 f"{8e-6 * cable['B']:>11,.0f}{parameters:>12,}{1e3 * exchange:>12.2f}",
                 end="",
@@ -140,9 +148,10 @@ def main() -> None:
             print(f"{predicted / measured - 1:>8.0%}")
     print(f"\nspread of a rank's own steps S: {1e3 * base['spread']:.2f} ms\n")
     mine = compute["narrow"], base["spread"], base["narrow parameters"]
-    slow = cables["1gbit"]["L"], cables["1gbit"]["B"]
-    print_outlook("this model, the 1gbit cable", *mine, *slow)
-    print_outlook("this model, 1 ms, 1 Gbit/s", *mine, 1e-3, 125e6)
+    for name in "1 Gbit/s", "1 Gbit/s, 1 ms":
+        print_outlook(
+            f"this model, {name}", *mine, cables[name]["L"], cables[name]["B"]
+        )
     print_outlook("25 M parameters, 50 us, 10 Gbit/s", 0.2, 0.004, 25e6, 50e-6, 1.25e9)
     print_outlook("100 M parameters, 50 us, 10 Gbit/s", 0.2, 0.004, 1e8, 50e-6, 1.25e9)
 
