@@ -78,7 +78,7 @@ class Digits(Dataset):
 
     def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a batch, uint8 [B, height, width] and int64 [B], for DataLoader."""
-        # It prefers this to __getitem__: item by item would take longer than to train.
+        # DataLoader prefers this to __getitem__: item by item is slower than the training.
         chosen = torch.tensor(indices)
         down, across = self.offsets[:, chosen]
         return self.shifted[chosen, down, across], self.labels[chosen]

@@ -42,7 +42,7 @@ LOST_RANK = "gloo.*(Connection closed|Connection reset|Broken pipe|Timed out)"
 class Run:
     """One training: the flags, and all that changes meanwhile."""
 
-    args: argparse.Namespace
+    args: argparse.Namespace  # with the names of the data and of the optimizer
     model: nn.Module  # the bare one, not wrapped in DDP
     optimizer: Optimizer
     epoch: int = 0  # finished epochs
@@ -58,10 +58,13 @@ def train(args: argparse.Namespace, init_method: str) -> int:
     device = utils.join_process_group(init_method)
     with shared_errors():
         if dist.get_rank() == 0:
-            lock = utils.claim_folder(Path(args.checkpoint_dir))  # noqa: F841 (held)
+            lock = utils.claim_folder(Path(args.checkpoint_dir))  # noqa: F841 (open)
     args.data, train_set, test_set = load_on_every_rank(Path(args.data_dir))
+    flags = utils.gather({f"{k} {v}" for k, v in vars(args).items() if "_dir" not in k})
+    if mixed := set.union(*flags) - set.intersection(*flags):
+        raise UserError(f"start all ranks alike, not with {', '.join(sorted(mixed))}")
 
-    torch.manual_seed(args.seed)  # the same initial weights on every rank
+    torch.manual_seed(args.seed)  # each run begins alike; DDP makes the ranks equal
     model = ConvNet().to(device, memory_format=torch.channels_last)
     optimizer = AdamW(model.parameters(), betas=(0.8, 0.95), fused=True)
     args.optimizer = type(optimizer).__name__
@@ -72,7 +75,7 @@ def train(args: argparse.Namespace, init_method: str) -> int:
         print0(f"finished   test accuracy {run.history[-1]['test_accuracy']:.2%}")
         return 0
 
-    # From here on, each backward pass also averages the gradients over all ranks.
+    # Copies rank 0's weights to all; each backward pass then averages the gradients, too.
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)  # saves a copy
     settle_buckets(ddp, test_set.images[:1].to(device))
     sampler = ShardSampler(train_set, seed=args.seed)
@@ -86,7 +89,7 @@ def train(args: argparse.Namespace, init_method: str) -> int:
         if not train_epoch(run, ddp, loader, stop):
             path = save(run)
             print0(f"stopped; {path} has all progress: rerun to resume")
-            return 128 + (stop or [signal.SIGTERM])[0]  # or another rank's signal
+            return 128 + (stop or [signal.SIGTERM])[0]  # [] if only others got one
         finish_epoch(run, evaluate(model, test_set))
     return 0
 
@@ -94,8 +97,8 @@ def train(args: argparse.Namespace, init_method: str) -> int:
 def train_epoch(run: Run, ddp: nn.Module, loader: DataLoader, stop: list) -> bool:
     """Train to the end of the epoch; return False if `stop` of any rank has a signal before.
 
-    All ranks return after the same step, as those that trained on would wait for the others;
-    or all raise UserError, at the next sum of losses that is not finite.
+    All ranks return after the same step, as one that trained on would wait for the others.
+    If the sum of their losses is not finite, all raise UserError.
     """
     args, total, world_size = run.args, len(loader.dataset), dist.get_world_size()
     started = time.perf_counter() - run.seconds
@@ -103,9 +106,9 @@ def train_epoch(run: Run, ddp: nn.Module, loader: DataLoader, stop: list) -> boo
     losses = []  # of this rank, since the ranks last summed theirs
     for batch in loader:
         count = world_size * len(batch[1])  # the ranks' batches are equally large
-        # A function of the images seen leaves no scheduler to save and restore.
-        part = (run.epoch * total + run.images + count / 2) / (args.epochs * total)
-        ramp = min(part / WARM_UP, (1 - part) / (1 - WARM_UP))
+        # It follows from the images seen: there is no scheduler to save and restore.
+        done = (run.epoch * total + run.images + count / 2) / (args.epochs * total)
+        ramp = min(done / WARM_UP, (1 - done) / (1 - WARM_UP))
         run.optimizer.param_groups[0]["lr"] = args.lr * ramp
         losses.append(train_step(ddp, run.optimizer, batch))
         run.images += count
@@ -114,10 +117,10 @@ def train_epoch(run: Run, ddp: nn.Module, loader: DataLoader, stop: list) -> boo
         last = total - run.images < world_size
         if not (saving or last or run.step % SYNC_EVERY == 0):
             continue
-        # In float64 these float32 losses add up without rounding: how they are grouped, and
-        # so an interruption, leaves no trace. The second sum, in one message, is of signals.
-        sums = torch.stack(losses).sum(dtype=torch.float64).repeat(2)
-        sums[1] = len(stop)
+        # In float64 such float32 losses add up without rounding: how they are grouped, and
+        # so an interruption, leaves no trace. The same message sums up the stop signals.
+        own_loss = torch.stack(losses).sum(dtype=torch.float64)
+        sums = torch.stack([own_loss, own_loss.new_tensor(len(stop))])
         dist.all_reduce(sums)
         loss_sum, stop_votes = sums.tolist()
         losses.clear()
@@ -161,12 +164,11 @@ def evaluate(model: nn.Module, test_set: Digits) -> dict[str, float]:
         sums[0] += F.cross_entropy(logits, labels, reduction="sum")
         sums[1] += (logits.argmax(1) == labels).sum()
     dist.all_reduce(sums)
-    loss, accuracy = (sums / total).tolist()
-    return {"test_loss": loss, "test_accuracy": accuracy}
+    return dict(zip(["test_loss", "test_accuracy"], (sums / total).tolist()))
 
 
 def settle_buckets(ddp: nn.Module, images: Tensor) -> None:
-    """Let DDP see the order of gradients: it sorts its buckets in the next forward pass."""
+    """Show DDP the order of gradients: its next forward pass sorts its buckets by it."""
     # The sums over three ranks or more change with it: the first step after a resume would
     # round differently from that of a run without interruption.
     ddp.eval()  # in train mode, batch norm would take this image into its statistics
@@ -181,10 +183,7 @@ def load_on_every_rank(data_dir: Path) -> tuple[str, Digits, Digits]:
         if os.environ["LOCAL_RANK"] == "0":
             download(data_dir)
     with shared_errors():
-        loaded = load_data(data_dir)
-    if len(names := set(utils.gather(loaded[0]))) > 1:
-        raise UserError(f"the ranks have different data: {', '.join(sorted(names))}")
-    return loaded
+        return load_data(data_dir)
 
 
 def resume(run: Run) -> Path | None:
@@ -301,7 +300,8 @@ def run_rank(rank: int, args: argparse.Namespace, init_method: str) -> NoReturn:
     try:
         code = train(args, init_method)
     except UserError as error:  # raised on all ranks: one of them speaks
-        code = f"error: {error}" if rank == 0 else 1
+        code = 1
+        print(f"error: {error}\n" * (rank == 0), end="", file=sys.stderr, flush=True)
     except KeyboardInterrupt:  # during set-up, when there is nothing to save
         os._exit(128 + signal.SIGINT)
     except Exception as error:  # noqa: BLE001 (printed whole if it is not recognised)

@@ -26,8 +26,8 @@ except ImportError:
 
 # ---------------------------------------------------------------- the process group
 
-# How long a rank waits for the others. By default it would be half an hour with gloo, for
-# which one frozen process could hold the whole job.
+# How long a rank waits for the others. gloo's default is half an hour: for so long, one
+# frozen process could block the whole job.
 TIMEOUT = timedelta(minutes=3)
 
 
@@ -46,8 +46,8 @@ def join_process_group(init_method: str) -> torch.device:
         # hostname: reachable from the network, and an error if that does not resolve.
         loopback = next(name for _, name in socket.if_nameindex() if name[:2] == "lo")
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = loopback
-        # torchrun keeps one store over all restarts: gloo would find addresses of dead ranks
-        # (github.com/pytorch/pytorch/issues/135712). Machines may count differently.
+        # torchrun keeps one store over all restarts: gloo would find addresses of dead ranks.
+        # Machines may count differently (github.com/pytorch/pytorch/issues/135712).
         store = dist.PrefixStore(os.getenv("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(
         # One group for both: tensors on a GPU travel over nccl, Python objects over gloo.
@@ -65,8 +65,8 @@ def choose_device(local_rank: int) -> torch.device:
     """Return the GPU of this local rank if there is CUDA, otherwise the CPU."""
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)  # otherwise all ranks would use GPU 0
-        # Two runs differ in their last bits if cuDNN may choose the fastest algorithm, or
-        # NCCL sums in the switch (github.com/NVIDIA/nccl/issues/1497).
+        # Two runs differ in their last bits if cuDNN may add up in any order, or NCCL in the
+        # NVLink switch (github.com/NVIDIA/nccl/issues/1497).
         torch.backends.cudnn.deterministic = True
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
         return torch.device("cuda", local_rank)
@@ -111,8 +111,8 @@ def shared_errors(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     except UserError as error:
         problem = str(error)
     # A rank that gave up alone would leave the others waiting in their next collective.
-    for message in filter(None, gather(problem, group)):
-        raise UserError(message)
+    if problems := [text for text in gather(problem, group) if text]:
+        raise UserError(problems[0])
 
 
 # ---------------------------------------------------------------- stopping
@@ -150,14 +150,14 @@ def claim_folder(folder: Path) -> IO[str]:
         lock = (folder / ".lock").open("a")  # not "w": it could be a link to a file
         # The kernel drops this lock when its holder dies: a crash never blocks a rerun.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for leftover in folder.glob(".tmp-*"):  # of a save that failed or was killed
+            leftover.unlink()
     except BlockingIOError:
         raise UserError(f"another run uses {folder}: choose another --checkpoint_dir")
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise UserError(f"cannot write to the checkpoint folder: {error}")
         warn(f"{folder} is on a disk without locks: do not start two runs in it")
-    for leftover in folder.glob(".tmp-*"):  # of a save that failed or was killed
-        leftover.unlink()
     return lock
 
 

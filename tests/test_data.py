@@ -8,6 +8,7 @@ import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import data
 import train_ddp
+import utils
 from data import FILES, Digits, ShardSampler, download, load_data
 from utils import UserError
 
@@ -280,20 +282,31 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_fix(place):
     assert "\n" not in message
 
 
-def load_and_catch(data_dirs: list[Path]) -> str:
+def start_and_catch(folder: Path, data_dirs: list[Path], seeds: list[int]) -> str:
+    """Start to train; return the error that ends it before the first step."""
     rank = torch.distributed.get_rank()
+    args = SimpleNamespace(checkpoint_dir=folder / str(rank), seed=seeds[rank])
+    args.data_dir = data_dirs[rank]
+    utils.join_process_group = lambda init_method: torch.device("cpu")
     with pytest.raises(UserError) as caught:
-        train_ddp.load_on_every_rank(data_dirs[rank])
+        train_ddp.train(args, "")
     return str(caught.value)
 
 
+def test_ranks_that_were_started_with_different_flags_end_with_one_error(tmp_path):
+    """Each machine has a command line of its own: they would train different models."""
+    errors = in_ranks(2, start_and_catch, tmp_path, [SAMPLE] * 2, [5, 6])
+    assert "seed 5, seed 6" in errors[0] and "MNIST" not in errors[0]
+    assert errors[0] == errors[1]
+
+
 def test_a_rank_with_other_or_bad_data_ends_all_with_one_error(tmp_path, small):
-    raw = put(small, tmp_path)
-    errors = in_ranks(2, load_and_catch, [SAMPLE, tmp_path])
+    raw, folder = put(small, tmp_path), tmp_path / "checkpoints"
+    errors = in_ranks(2, start_and_catch, folder, [SAMPLE, tmp_path], [5, 5])
     assert "MNIST 10000+2000 " in errors[0] and FULL in errors[0]
     assert errors[0] == errors[1]
     (raw / FILES[2]).write_bytes(b"")
-    errors = in_ranks(2, load_and_catch, [SAMPLE, tmp_path])
+    errors = in_ranks(2, start_and_catch, folder, [SAMPLE, tmp_path], [5, 5])
     assert f"{raw / FILES[2]} is unreadable or damaged" in errors[0]
     assert errors[0] == errors[1]
 
