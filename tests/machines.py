@@ -95,8 +95,8 @@ def two_machines(
             clean_up.callback(shell, f"ip netns del {name}")
         if rate:
             clean_up.enter_context(slow_cable([*addresses], rate, latency))
-            for name in addresses:  # few large packets, to leave the CPU to the ranks
-                shell(f"ip -n {name} link set eth0 mtu 60000")
+            for name in addresses:  # jumbo frames leave more of the CPU to the ranks
+                shell(f"ip -n {name} link set eth0 mtu 9000")
         else:
             card = f"ip link add eth0 netns {first} type veth"
             shell(f"{card} peer name eth0 netns {second}")

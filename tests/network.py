@@ -163,7 +163,7 @@ def print_outlook(
     text = f"{case}, compute {1e3 * own:.1f} ms"
     print(f"{text:52}" + "".join(f"{f'N = {n}':>9}" for n in (2, 8, 64, 512)))
     for label, batches, size in (
-        ("  DDP as it is", 1, parameters),
+        ("  DDP without overlap", 1, parameters),
         ("  16-bit gradients", 1, parameters / 2),
         ("  gradients of 8 batches accumulated", 8, parameters),
     ):
