@@ -301,7 +301,8 @@ def run_rank(rank: int, args: argparse.Namespace, init_method: str) -> NoReturn:
         code = train(args, init_method)
     except UserError as error:  # raised on all ranks: one of them speaks
         code = 1
-        print(f"error: {error}\n" * (rank == 0), end="", file=sys.stderr, flush=True)
+        if rank == 0:  # now: torchrun may end this rank while the group is taken down
+            print(f"error: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:  # during set-up, when there is nothing to save
         os._exit(128 + signal.SIGINT)
     except Exception as error:  # noqa: BLE001 (printed whole if it is not recognised)
@@ -309,8 +310,7 @@ def run_rank(rank: int, args: argparse.Namespace, init_method: str) -> NoReturn:
         if lost and args.world_size > 1:
             text = f"error: rank {rank} lost another rank: {lost[1]}; rerun to resume\n"
         print(text, end="", file=sys.stderr, flush=True)
-        # Not sys.exit: taking the group down could wait for ranks that are in a collective.
-        os._exit(1)
+        os._exit(1)  # to take the group down could wait for ranks in a collective
     dist.destroy_process_group()
     sys.exit(code)
 

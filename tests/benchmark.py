@@ -85,7 +85,7 @@ def create_arms(run: Run, ddp: nn.Module, loader: DataLoader, stop) -> dict[str,
     half = DataLoader(loader.dataset, BATCH // 2, sampler=sampler, collate_fn=tuple)
     model, optimizer = copy.deepcopy((run.model, run.optimizer))
     model.train()
-    parameters = torch.zeros(sum(p.numel() for p in model.parameters()))
+    gradients = torch.zeros(sum(p.numel() for p in model.parameters()))
 
     def loop(loader: DataLoader) -> None:
         run.epoch, run.images, run.step, run.loss_sum, run.seconds = 0, 0, 0, 0.0, 0.0
@@ -107,7 +107,7 @@ def create_arms(run: Run, ddp: nn.Module, loader: DataLoader, stop) -> dict[str,
 
     def all_reduce() -> None:
         for _ in batches:
-            dist.all_reduce(parameters)
+            dist.all_reduce(gradients)
 
     arms = {"loop": functools.partial(loop, loader), "ddp": ddp_steps}
     meet = functools.partial(dist.all_reduce, torch.zeros(1))
