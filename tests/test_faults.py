@@ -400,6 +400,16 @@ def test_a_data_folder_that_cannot_be_made_is_an_error_without_a_network_too(tmp
     assert "file/data" in line and "--data_dir" in line
 
 
+def test_an_error_is_printed_before_the_group_is_taken_down(tmp_path):
+    """Meanwhile torchrun may end rank 0, because another rank has left already."""
+    ended = "dist.destroy_process_group = lambda: os.kill(os.getpid(), signal.SIGTERM)"
+    make = changed_program(tmp_path / "it", utils=ended)
+    (tmp_path / "checkpoints").touch()
+    result = run(make(*JOB), tmp_path)
+    assert result.returncode == -signal.SIGTERM
+    assert "cannot write to the checkpoint folder" in error_line(result.stderr)
+
+
 @pytest.mark.slow
 def test_a_folder_that_turns_read_only_is_reported_with_the_good_checkpoint(tmp_path):
     """A run that begins in a read-only folder is refused as clearly."""
