@@ -1,154 +1,292 @@
-"""The data. For a data set of your own, all that you need from here is `ShardSampler`."""
+"""The data, and who gets which part of it. A data set of your own replaces `load_data`."""
 
-import gzip
+import contextlib
+import glob
 import hashlib
 import os
+import shutil
 import socket
-import struct
+import sys
 import tempfile
-from collections.abc import Iterator
-from glob import glob  # Path.glob raises where a folder must not be entered
+from collections.abc import Iterator, Sized
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Dataset, DistributedSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
-from utils import UserError, warn
+from utils import UserError, first_line, ignore_stop_signals, warn
 
 # Or FashionMNIST or KMNIST: the class in torchvision, and the folder on the disk.
 DATASET = "MNIST"
-MAX_SHIFT = 1  # pixels by which training moves an image, each way
-FILES = [
-    *("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    *("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-]
-SAMPLE_DIR = Path(__file__).resolve().parent / "tests" / "mnist_sample"
-SOCKET_SECONDS = 10  # how long a mirror may send nothing
+MAX_SHIFT = (
+    1  # The number of pixels by which training moves an image, in each direction.
+)
+LOADER_WORKERS = (
+    0  # Processes per rank that load data; with 0, the rank loads them itself.
+)
 
 
-def random_stream(*parts: int | str) -> torch.Generator:
-    """Return a generator seeded by a hash of `parts`, so that no two uses share a stream."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+def load_data(data_dir: Path, download: bool) -> tuple[str, Dataset, Dataset]:
+    """Return a name for the data, the training set and the test set; raises UserError.
 
+    Replace this function to train on data of your own. Any data set with `__len__` and
+    `__getitem__` will do. If its items are random, give it a `set_epoch` as `Digits` has.
+    The name can be any text; a training only resumes with data of the same name.
 
-class ShardSampler(DistributedSampler):
-    """A DistributedSampler that always shuffles, starts at any item and never repeats one.
-
-    Of the epoch's permutation, rank r takes start + r, start + r + world_size, and so on. The
-    last items, fewer than world_size, go unused, where DistributedSampler would repeat some.
+    `download` is True on the first rank of each machine, which the others wait for.
     """
-
-    start = 0  # items of the permutation that all ranks together have finished
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch and where to start in it; call it before each epoch."""
-        super().set_epoch(epoch)
-        self.start = start
-
-    def __len__(self) -> int:
-        return (len(self.dataset) - self.start) // self.num_replicas
-
-    def __iter__(self) -> Iterator[int]:
-        stream = random_stream("order", self.seed, self.epoch)
-        order = torch.randperm(len(self.dataset), generator=stream)
-        mine = order[self.start + self.rank :: self.num_replicas]
-        return iter(mine[: len(self)].tolist())
+    if download:
+        download_if_absent(data_dir)
+    root = data_dir if has_all_files(data_dir) else SAMPLE_DIR
+    train_images, train_labels = read(root, train=True)
+    test_images, test_labels = read(root, train=False)
+    digest = hashlib.sha256()
+    for tensor in train_images, train_labels, test_images, test_labels:
+        digest.update(tensor.numpy().tobytes())
+    sizes = f"{len(train_images)}+{len(test_images)} images"
+    name = f"{DATASET} {sizes}, SHA-256 {digest.hexdigest()[:12]}"
+    train_set = Digits(train_images, train_labels)
+    test_set = Digits(test_images, test_labels)
+    return name, train_set, test_set
 
 
 class Digits(Dataset):
-    """Images, uint8 [N, height, width], and labels, int64 [N], in memory."""
+    """Images, uint8 [28, 28], each with its label, an int; training moves them at random."""
 
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        height, width = images.shape[1:]
-        padded = F.pad(images, [MAX_SHIFT] * 4)
-        # A view of all shifted versions, [N, down, across, height, width]: nothing is copied.
-        self.shifted = padded.unfold(1, height, 1).unfold(2, width, 1)
-        self.offsets = torch.full((2, len(images)), MAX_SHIFT)  # moves nothing
-        self.images, self.labels = self.shifted[:, MAX_SHIFT, MAX_SHIFT], labels
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        """Take images, uint8 [N, 28, 28], and labels, an integer type [N]."""
+        self.height, self.width = images.shape[1:]
+        self.padded = F.pad(images, [MAX_SHIFT] * 4)
+        self.labels = labels.tolist()
+        # Until `set_epoch` is called, as for a test set, nothing is moved.
+        self.shifts = [[MAX_SHIFT, MAX_SHIFT]] * len(images)
 
-    def draw_shifts(self, seed: int, epoch: int) -> None:
-        """Draw a shift for each image from (seed, epoch), whichever rank will take it."""
-        stream, size = random_stream("shift", seed, epoch), (len(self), 2)
-        self.offsets = torch.randint(2 * MAX_SHIFT + 1, size, generator=stream).T
+    def set_epoch(self, seed: int, epoch: int) -> None:
+        """Draw new shifts for all images.
+
+        They belong to (seed, epoch, image), not to a rank. The usual way, random transforms
+        that use the global generator, has a trap: after torch.manual_seed(seed) they are the
+        same on every rank, and a resumed training repeats those of its first steps.
+        """
+        generator = torch.Generator().manual_seed(seed + epoch)
+        size = (len(self), 2)
+        shifts = torch.randint(2 * MAX_SHIFT + 1, size, generator=generator)
+        self.shifts = shifts.tolist()
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a batch, uint8 [B, height, width] and int64 [B], for DataLoader."""
-        # DataLoader prefers this to __getitem__: item by item is slower than the training.
-        chosen = torch.tensor(indices)
-        down, across = self.offsets[:, chosen]
-        return self.shifted[chosen, down, across], self.labels[chosen]
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        down, right = self.shifts[index]
+        image = self.padded[
+            index, down : down + self.height, right : right + self.width
+        ]
+        return image, self.labels[index]
 
 
-# ---------------------------------------------------------------- files (skip at first)
+class ResumableSampler(DistributedSampler):
+    """A DistributedSampler that can start in mid-epoch, and that never repeats an item.
+
+    All ranks draw the same permutation of the epoch; rank r takes the items at start + r,
+    start + r + world_size, and so on. The last items, fewer than world_size, go unused, since
+    all shares must be equally large: a rank with one batch more would wait for the gradients
+    of the others for ever. DistributedSampler repeats some items instead.
+    """
+
+    start = 0  # How many items of the permutation all ranks together have finished.
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch, and the item to start from; call it before each epoch."""
+        super().set_epoch(epoch)
+        self.start = start
+
+    def __len__(self) -> int:
+        return (size_of(self.dataset) - self.start) // self.num_replicas
+
+    def __iter__(self) -> Iterator[int]:
+        # The same permutation as DistributedSampler's own.
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(size_of(self.dataset), generator=generator)
+        own_items = order[self.start + self.rank :: self.num_replicas]
+        return iter(own_items[: len(self)].tolist())
 
 
-def load_data(data_dir: Path) -> tuple[str, Digits, Digits]:
-    """Return a name with a digest, training set and test set, or raise UserError."""
-    raw, sample = (folder / DATASET / "raw" for folder in (data_dir, SAMPLE_DIR))
-    if glob("*", root_dir=sample) and not glob("*", root_dir=raw):
-        raw = sample
-    digest, sets = hashlib.sha256(), []
-    for images_file, labels_file in (FILES[:2], FILES[2:]):
-        images, labels = read_idx(raw / images_file, 3), read_idx(raw / labels_file, 1)
+def make_loader(
+    dataset: Dataset, batch_size: int, sampler: Sampler | None = None
+) -> DataLoader:
+    """Return a DataLoader whose worker processes, if any, leave stop signals to their rank."""
+    # "spawn", which is the default in a spawned rank, would import torch in each worker, and
+    # does so in each epoch. persistent_workers would avoid that, but such workers keep the
+    # copy of the data set that they started with: they would never see a new `set_epoch`.
+    forks = LOADER_WORKERS > 0 and sys.platform == "linux"
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=LOADER_WORKERS,
+        multiprocessing_context="fork" if forks else None,
+        worker_init_fn=ignore_stop_signals,
+        # From pinned memory, copies to a GPU do not make the CPU wait.
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def size_of(dataset: Dataset) -> int:
+    """Return len(dataset), which type checkers refuse: a Dataset need not have it."""
+    assert isinstance(dataset, Sized)
+    return len(dataset)
+
+
+# ================================================================ downloading (skip at first)
+
+FILES = [
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+]
+SAMPLE_DIR = Path(__file__).resolve().parent / "tests" / "mnist_sample"
+SOCKET_SECONDS = 10  # How long a mirror may send nothing.
+OTHER_DATASETS = {"MNIST", "FashionMNIST", "KMNIST", "EMNIST", "QMNIST"} - {DATASET}
+# What torchvision and urllib raise where the network, not the disk, is to blame. torchvision
+# raises RuntimeError if no mirror works, or if a proxy answers with a page of its own.
+NETWORK_ERRORS = (
+    RuntimeError,
+    URLError,
+    TimeoutError,
+    ConnectionError,
+    HTTPException,
+)
+
+
+def raw_folder(data_dir: Path) -> Path:
+    """Return where torchvision has the files."""
+    return data_dir / DATASET / "raw"
+
+
+def has_all_files(data_dir: Path) -> bool:
+    """Return whether all four files are in place."""
+    return all((raw_folder(data_dir) / name).is_file() for name in FILES)
+
+
+def read(root: Path, train: bool) -> tuple[Tensor, Tensor]:
+    """Return images, uint8 [N, 28, 28], and labels, int64 [N]; raises UserError."""
+    # torchvision takes as long to import as torch. The process that only spawns the ranks
+    # does not need it.
+    from torchvision import datasets  # type: ignore[import-untyped]
+
+    raw = raw_folder(root)
+    try:
+        dataset = getattr(datasets, DATASET)(root, train=train)
+        images = dataset.data
+        labels = dataset.targets
+        # torchvision does not compare them with each other.
         if len(images) != len(labels) or labels.max() > 9:
             found = f"{len(images)} images, {len(labels)} labels up to {labels.max()}"
-            fix = "need equally many, from 0 to 9: replace the files"
-            raise UserError(f"{raw / labels_file}: {found}: {fix}")
-        digest.update(images.numpy())
-        digest.update(labels.numpy())
-        sets.append(Digits(images, labels.long()))
-    counts = "+".join(str(len(digits)) for digits in sets)
-    return f"{DATASET} {counts} {digest.hexdigest()[:12]}", *sets
+            raise ValueError(f"{found}; needed: equally many, labels from 0 to 9")
+    except Exception as error:  # noqa: BLE001 (damaged files can raise anything)
+        kind = "training" if train else "test"
+        problem = f"the {kind} set in {raw} cannot be read ({first_line(error)})"
+        fix = f"rename {raw} and rerun with a network, or put good files there"
+        raise UserError(f"{problem}: {fix}")
+    return images, labels
 
 
-def read_idx(path: Path, dimensions: int) -> torch.Tensor:
-    """Read an IDX file (yann.lecun.com/exdb/mnist) as uint8 [N, ...], or raise UserError."""
+def download_if_absent(data_dir: Path) -> None:
+    """Download the four files if there is nothing, all or none of them.
+
+    Without a network, warn that the bundled sample is used. Files that are there but cannot
+    be used raise UserError: nobody who has data wants to train on a sample.
+    """
+    raw = raw_folder(data_dir)
     try:
-        if path.is_file():
-            content = path.read_bytes()
-        else:
-            content = gzip.decompress(Path(f"{path}.gz").read_bytes())
-        magic, *shape = struct.unpack_from(f">{1 + dimensions}I", content)
-        if magic != 0x800 + dimensions or 0 in shape:
-            raise ValueError(f"no IDX file of {dimensions} dimensions, or empty")
-        # bytearray: a tensor over read-only bytes would draw a warning.
-        items = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        return items[4 * (1 + dimensions) :].view(shape)
-    except Exception as error:  # noqa: BLE001 (damage can raise anything)
-        fix = f"delete {path.parent} and rerun with a network to download it again"
-        raise UserError(f"{path} is unreadable or damaged ({error!r}): {fix}") from None
-
-
-def download(data_dir: Path) -> None:
-    """Have torchvision download all or none, or warn; raise UserError for a bad folder."""
-    raw, seconds = data_dir / DATASET / "raw", socket.getdefaulttimeout()
-    if glob("*", root_dir=raw):
-        return
-    try:
-        raw.parent.mkdir(parents=True, exist_ok=True)
+        if has_all_files(data_dir):
+            return
+        refuse_unusable_folders(data_dir)
+        if not interrupted_downloads(raw):
+            refuse_misplaced_files(data_dir)
+        raw.mkdir(parents=True, exist_ok=True)
+        with locked(raw) as is_alone:
+            if is_alone:
+                for leftover in interrupted_downloads(raw):
+                    shutil.rmtree(leftover)
+            # Another run may have been faster.
+            if not has_all_files(data_dir):
+                fetch(raw)
     except OSError as error:
-        fix = "make it writable, or choose another --data_dir"
-        raise UserError(f"cannot download to {data_dir} ({error}): {fix}") from None
-    try:
-        socket.setdefaulttimeout(SOCKET_SECONDS)
-        # Importing torchvision takes as long as torch itself: only a download pays for it.
-        from torchvision import datasets
+        fix = "make it usable, or choose another --data_dir"
+        raise UserError(f"cannot use the data folder {data_dir} ({error}): {fix}")
 
-        # Beside the target, so that the folder moves there in one step.
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as fresh:
-            getattr(datasets, DATASET)(fresh, download=True)
-            os.replace(Path(fresh, DATASET, "raw"), raw)
-    except Exception as error:  # noqa: BLE001 (whatever it is, there is the sample)
-        if not glob("*", root_dir=raw):  # or another run was faster
-            warn(
-                f"{DATASET} could not be downloaded ({error!r}).\nThis uses THE BUNDLED SAMPLE "
-                "of 10,000 digits of MNIST, which is less accurate. For all,\nrerun with a "
-                f"network or put {', '.join(FILES)} in {raw}"
-            )
+
+def refuse_unusable_folders(data_dir: Path) -> None:
+    """Raise UserError or OSError if a folder is there but cannot be looked into."""
+    for folder in data_dir, data_dir / DATASET, raw_folder(data_dir):
+        if folder.is_symlink() and not folder.exists():
+            target = os.readlink(folder)
+            fix = "mount or create it, or choose another --data_dir"
+            raise UserError(f"{folder} leads to {target}, which is not there: {fix}")
+        with contextlib.suppress(FileNotFoundError):
+            os.listdir(folder)
+
+
+def refuse_misplaced_files(data_dir: Path) -> None:
+    """Raise UserError if files of this data set seem to be there, but not as torchvision has them."""
+    # At most two folders down, and some likely places below: this may be a huge disk.
+    patterns = ["*ubyte*", "*/*ubyte*", "*/*/*ubyte*", f"*/{DATASET}/raw/*ubyte*"]
+    patterns.append(f"{DATASET}/raw/*/*ubyte*")
+    raw = raw_folder(data_dir)
+    for pattern in patterns:
+        for name in sorted(glob.glob(pattern, root_dir=data_dir)):
+            file = data_dir / name
+            if file.parent.name == "raw" and file.parent.parent.name in OTHER_DATASETS:
+                continue
+            problem = f"{file} was found, but {DATASET} is not complete in {raw}"
+            raise UserError(f"{problem}: it needs {', '.join(FILES)}, unpacked")
+
+
+def interrupted_downloads(raw: Path) -> list[Path]:
+    """Return what a killed download has left, or what another run downloads at the moment."""
+    return list(raw.glob(".download-*"))
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Wait until no other run has locked a folder; provide whether this disk can lock."""
+    import fcntl  # Windows lacks it.
+
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        can_lock = True
+    except OSError:
+        can_lock = False
+    try:
+        yield can_lock
+    finally:
+        os.close(directory)
+
+
+def fetch(raw: Path) -> None:
+    """Have torchvision download the files; warn without a network. Raises OSError."""
+    from torchvision import datasets
+
+    seconds = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SOCKET_SECONDS)
+    try:
+        # Inside the target, and so on the same disk, even if the target is a link.
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=raw) as folder:
+            getattr(datasets, DATASET)(folder, download=True)
+            for name in FILES:
+                os.replace(raw_folder(Path(folder)) / name, raw / name)
+    except NETWORK_ERRORS as error:
+        warn(
+            f"{DATASET} could not be downloaded ({first_line(error)}).\n"
+            "This uses THE BUNDLED SAMPLE of 10,000 digits of MNIST, which is less accurate. "
+            f"For all,\nrerun with a network or put {', '.join(FILES)} in {raw}"
+        )
     finally:
         socket.setdefaulttimeout(seconds)

@@ -3,11 +3,13 @@
 import torch
 from torch import nn
 
-PIXEL_MEAN, PIXEL_STD = 33.3, 78.6  # of MNIST's training images, 0 to 255
+# Of MNIST's training images, whose pixels are from 0 to 255.
+PIXEL_MEAN = 33.3
+PIXEL_STD = 78.6
 
 
 class ConvNet(nn.Module):
-    """A small CNN for 28x28 grey images in ten classes.
+    """A small CNN for grey images of 28x28 pixels in ten classes.
 
     It has no batch norm on purpose: its statistics would be those of one rank's batch, and
     N ranks x B images would no longer compute what one rank x N*B images computes.
@@ -29,5 +31,7 @@ class ConvNet(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map raw pixels, uint8 [B, 28, 28], to logits, float32 [B, 10]."""
-        # Normalised here, so that training, evaluation and your own images cannot disagree.
-        return self.layers((images.unsqueeze(1).float() - PIXEL_MEAN) / PIXEL_STD)
+        # The pixels are normalised here, so that training, evaluation and your own images
+        # cannot disagree.
+        pixels = images.unsqueeze(1).float()
+        return self.layers((pixels - PIXEL_MEAN) / PIXEL_STD)

@@ -1,6 +1,7 @@
 """What the tests share: the program as real processes, and the checksum of what it learned."""
 
 import hashlib
+import json
 import os
 import re
 import signal
@@ -46,7 +47,7 @@ def command(*flags: object, torchrun: int = 0, data: bool = True) -> list[str]:
     return [*launcher, str(SCRIPT), *map(str, flags)]
 
 
-def run(cmd: list[str], cwd: Path, timeout: float = 120, **env: str):
+def run(cmd: list[str], cwd: Path, timeout: float = 300, **env: str):
     """Run to the end; the result has returncode, stdout and stderr."""
     env, captured = os.environ | env, {"capture_output": True, "text": True}
     done = subprocess.run(
@@ -80,11 +81,11 @@ class Started:
         # Not through the child's handle: to seek would move where it writes next.
         return self.log.read_text()
 
-    def wait_for(self, pattern: str, timeout: float = 60) -> re.Match:
+    def wait_for(self, pattern: str, timeout: float = 120) -> re.Match:
         """Poll the output until it matches."""
         return wait_until(lambda: re.search(pattern, self.output()), timeout, self)
 
-    def wait(self, timeout: float = 60) -> int:
+    def wait(self, timeout: float = 120) -> int:
         return self.process.wait(timeout)
 
     def workers(self) -> list[int]:
@@ -137,7 +138,7 @@ def processes(mark: Path) -> list[int]:
     return [pid for pid in found if alive(pid)]
 
 
-def wait_until(condition, timeout: float = 60, started: Started | None = None):
+def wait_until(condition, timeout: float = 120, started: Started | None = None):
     """Poll `condition` until it is true, and return its value; fail with the log after `timeout`."""
     end = time.monotonic() + timeout
     while not (value := condition()):
@@ -148,6 +149,32 @@ def wait_until(condition, timeout: float = 60, started: Started | None = None):
             raise AssertionError(f"waited {timeout} s in vain; the log:\n{log}")
         time.sleep(0.005)
     return value
+
+
+def fault(at_start: str = "", **code: str) -> dict[str, str]:
+    """The environment of a run in which `code` is added to the modules that it names."""
+    folder = str(ROOT / "tests" / "faults")
+    return {"PYTHONPATH": folder, "FAULT": json.dumps({"": at_start, **code})}
+
+
+def fault_in_step(rank: int, code: str, step: int = 6) -> dict[str, str]:
+    """The environment of a run in which a rank leaves ./fault, and then executes `code`."""
+    return fault(
+        model=f"""
+import os, signal, shutil
+forward = ConvNet.forward
+steps = []
+
+def forward_with_fault(self, images):
+    steps.extend([1] * self.training)
+    if self.training and len(steps) == {step} and torch.distributed.get_rank() == {rank}:
+        open("fault", "w").close()
+        {code}
+    return forward(self, images)
+
+ConvNet.forward = forward_with_fault
+"""
+    )
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -162,7 +189,8 @@ def checksum(folder: Path) -> str:
     """SHA-256 of model, optimizer and the losses in the newest checkpoint of `folder`."""
     state = newest(folder)
     keys = "epoch", "step", "train_loss", "test_loss", "test_accuracy"
-    records = [[record[key] for key in keys] for record in state["history"]]
+    history = state["progress"]["history"]
+    records = [[record[key] for key in keys] for record in history]
     leaves, shape = tree_flatten([state["model"], state["optimizer"], records])
     digest = hashlib.sha256(repr(shape).encode())
     for leaf in leaves:
@@ -212,8 +240,7 @@ def in_ranks(world_size: int, function, *args) -> list:
 def _rank(rank: int, world_size: int, folder: str, function, args: tuple) -> None:
     import utils
 
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-    utils.join_process_group(f"file://{folder}/store")
+    place = f"file://{folder}/store"
+    utils.join_process_group(utils.RankInfo(rank, rank, world_size, world_size, place))
     torch.save(function(*args), f"{folder}/result{rank}")
     torch.distributed.destroy_process_group()
