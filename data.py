@@ -22,12 +22,10 @@ from utils import UserError, first_line, ignore_stop_signals, warn
 
 # Or FashionMNIST or KMNIST: the class in torchvision, and the folder on the disk.
 DATASET = "MNIST"
-MAX_SHIFT = (
-    1  # The number of pixels by which training moves an image, in each direction.
-)
-LOADER_WORKERS = (
-    0  # Processes per rank that load data; with 0, the rank loads them itself.
-)
+# The number of pixels by which training moves an image, in each direction.
+MAX_SHIFT = 1
+# The number of processes per rank that load data. With 0, the rank loads them itself.
+LOADER_WORKERS = 0
 
 
 def load_data(data_dir: Path, download: bool) -> tuple[str, Dataset, Dataset]:

@@ -38,34 +38,45 @@ from model import ConvNet
 from utils import FolderLock, RankInfo, UserError, gather, print0, raise_on_all_ranks
 
 LABEL_SMOOTHING = 0.1
-WARM_UP = 0.2  # The part of the training in which the learning rate rises.
-SYNC_EVERY = (
-    10  # Steps after which the ranks add up their losses, and ask who has to stop.
-)
-LOG_EVERY = 200  # Steps; a multiple of SYNC_EVERY.
+# The part of the training in which the learning rate rises.
+WARM_UP = 0.2
+# After so many steps the ranks add up their losses, and ask who has to stop.
+SYNC_EVERY = 10
+# After so many steps the loss is printed: a multiple of SYNC_EVERY.
+LOG_EVERY = 200
 
 
 @dataclass
 class Progress:
-    """How far the training is; saved and resumed as it is."""
+    """How far the training is. A checkpoint holds it as it is.
 
-    epoch: int = 0  # Finished epochs.
-    images: int = (
-        0  # Of the current epoch, all ranks together: valid for any world size.
-    )
-    step: int = 0  # Optimizer steps since the start.
-    loss_sum: float = 0.0  # Over the images of the current epoch, all ranks together.
-    history: list[dict[str, Any]] = field(default_factory=list)  # A record per epoch.
+    epoch: the number of finished epochs.
+    images: how many of the current epoch are done, by all ranks together. In contrast to a
+        number of batches, it is valid for any world size.
+    step: the number of optimizer steps since the start.
+    loss_sum: the sum of the losses of these images.
+    history: a record for each finished epoch.
+    """
+
+    epoch: int = 0
+    images: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
 class Run:
-    """One training: what it was started with, and what changes."""
+    """One training: what it was started with, and what changes.
+
+    lock: of the checkpoint folder; rank 0 holds it.
+    model: the bare model, not wrapped in DDP.
+    """
 
     args: argparse.Namespace
     data_name: str
-    lock: FolderLock  # Of the checkpoint folder; rank 0 holds it.
-    model: nn.Module  # The bare model, not wrapped in DDP.
+    lock: FolderLock
+    model: nn.Module
     optimizer: Optimizer
     progress: Progress
 

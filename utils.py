@@ -29,15 +29,20 @@ TIMEOUT = timedelta(minutes=10)
 
 
 class RankInfo(NamedTuple):
-    """Which process this is, according to the launcher that started it."""
+    """Which process this is, according to the launcher that started it.
 
-    rank: int  # its number among all processes, from 0
-    local_rank: int  # its number on its machine, from 0
-    world_size: int  # the number of all processes
-    local_world_size: int  # the number of processes on its machine
-    init_method: (
-        str  # where they meet: tcp://HOST:PORT, file://PATH, or "" if it is alone
-    )
+    rank: its number among all processes, from 0.
+    local_rank: its number among the processes on its machine, from 0.
+    world_size: the number of all processes.
+    local_world_size: the number of processes on its machine.
+    init_method: where they meet: tcp://HOST:PORT, file://PATH, or "" for a single process.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    init_method: str
 
 
 def join_process_group(info: RankInfo) -> torch.device:

@@ -1,7 +1,7 @@
 """Two machines in one: network namespaces joined by a cable, each with a name of its own.
 
 Needs root, Linux and iproute2. A slow cable is a process that carries the packets, as many
-kernels come without tc's netem: python tests/machines.py NAMESPACE NAMESPACE RATE LATENCY
+kernels come without tc's netem: python tests/tools/machines.py NAMESPACE NAMESPACE RATE LATENCY
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Predict the time of a DDP step over a slow network, and compare with what is measured.
 
-    python tests/network.py        as root, on Linux with iproute2; takes three minutes
+    python tests/tools/network.py        as root, on Linux with iproute2; takes three minutes
 
 Two ranks train on two simulated machines (see machines.py), joined by cables of several
 speeds and latencies. The model of a step with N ranks and P parameters of 4 bytes is
@@ -24,8 +24,8 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.pop("OMP_NUM_THREADS", None)
 
@@ -34,9 +34,10 @@ import torch.distributed as dist
 from machines import two_machines
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Subset
 
 import utils
-from data import SAMPLE_DIR, load_data
+from data import SAMPLE_DIR, load_data, make_loader
 from model import ConvNet
 from train_ddp import settle_buckets, train_step
 
@@ -48,28 +49,31 @@ CABLES = {  # bits/s each way, and seconds
     "100 Mbit/s": (1e8, 0),
     "100 Mbit/s, 5 ms": (1e8, 5e-3),
 }
-SMALL, LARGE = 16, 400_000  # numbers in the all-reduces that L and B are fitted to
+SMALL = 16  # Numbers in the all-reduces that L and B are fitted to.
+LARGE = 400_000
 WIDE = 256  # units that are put before the last layer, for a model with more parameters
-ROUNDS, STEPS = 7, 20
+ROUNDS = 7
+STEPS = 20
 
 
 def measure() -> None:
     """Be a rank; rank 0 prints the median times, in seconds."""
-    utils.join_process_group("env://")
-    _, digits, _ = load_data(SAMPLE_DIR)
-    batches = [
-        digits.__getitems__([*range(i, i + 64)]) for i in range(0, STEPS * 64, 64)
-    ]
-    narrow, wide = ConvNet(), ConvNet()
+    info = utils.read_rank_info()
+    utils.join_process_group(info)
+    _, _, digits = load_data(SAMPLE_DIR, download=False)
+    batches = list(make_loader(Subset(digits, range(STEPS * 64)), 64))
+    narrow = ConvNet()
+    wide = ConvNet()
     wide.layers[-1] = nn.Sequential(
         nn.Linear(864, WIDE), nn.ReLU(), nn.Linear(WIDE, 10)
     )
-    arms, own_steps = {}, []
+    arms = {}
+    own_steps = []
     for name, model in ("narrow", narrow), ("wide", wide):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        settle_buckets(ddp, digits.images[:1])
-        arms[name] = lambda batch, d=ddp, o=optimizer: train_step(d, o, batch)
+        settle_buckets(ddp, digits)
+        arms[name] = lambda batch, d=ddp, o=optimizer: train_step(d, o, *batch)
     small, large = torch.zeros(SMALL), torch.zeros(LARGE)
     arms |= {"small": lambda _: dist.all_reduce(small)}
     arms |= {"large": lambda _: dist.all_reduce(large)}

@@ -1,6 +1,6 @@
 """Kill a job at random moments, again and again: it must learn what an undisturbed one does.
 
-python tests/soak.py [KILLS] [--world_size N] [--seed S]
+python tests/tools/soak.py [KILLS] [--world_size N] [--loader_workers N] [--seed S]
 """
 
 import argparse
@@ -14,7 +14,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import Started, checkpoints, checksum, command, processes, wait_until
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from conftest import (
+    Started,
+    checkpoints,
+    checksum,
+    command,
+    fault,
+    processes,
+    wait_until,
+)
 
 TOGETHER = 10  # seconds within which a job ends once a part of it has died
 
@@ -45,22 +54,28 @@ def kill_at(moment: float, job: Started, dice: random.Random) -> str | None:
     return victim if isinstance(victim, str) else f"one of {len(victims)}"
 
 
-def soak(kills: int, world_size: int, dice: random.Random, folder: Path) -> int:
+def soak(args: argparse.Namespace, folder: Path) -> int:
     """Print a line for each kill; return how many runs were killed, resumed and completed."""
-    flags = "--epochs", 2, "--save_every", 3, "--world_size", world_size
+    dice = random.Random(args.seed)
+    flags = ["--epochs", 2, "--save_every", 3, "--world_size", args.world_size]
+    workers = fault(data=f"LOADER_WORKERS = {args.loader_workers}")
+    environment = {**workers, "MARK": str(folder), "TMPDIR": str(folder)}
     began = time.monotonic()
-    job = Started(command(*flags, "--checkpoint_dir", "straight"), folder)
+    straight = folder / "straight"
+    job = Started(command(*flags, "--checkpoint_dir", straight), folder, **environment)
     assert job.wait(600) == 0, job.output()
     seconds = time.monotonic() - began
-    expected, broken = checksum(folder / "straight"), folder / "broken"
-    done = runs = 0
+    expected = checksum(straight)
+    broken = folder / "broken"
+    kills = 0
+    runs = 0
     newest = None
-    while done < kills or newest:
+    while kills < args.kills or newest:
         cmd = command(*flags, "--checkpoint_dir", broken)
-        job = Started(cmd, folder, MARK=str(folder), TMPDIR=str(folder))
-        moment = dice.uniform(0, seconds) if done < kills else 600
+        job = Started(cmd, folder, **environment)
+        moment = dice.uniform(0, seconds) if kills < args.kills else 600
         victim = kill_at(time.monotonic() + moment, job, dice)
-        killed = f"{done + 1}: {victim} after {moment:.2f} s"
+        killed = f"{kills + 1}: {victim} after {moment:.2f} s"
         try:
             code = job.wait(TOGETHER)
             wait_until(lambda: not processes(folder), TOGETHER)
@@ -69,17 +84,18 @@ def soak(kills: int, world_size: int, dice: random.Random, folder: Path) -> int:
             raise AssertionError(f"{killed}: {left} live on, {job.output()}") from None
         output = job.output()
         assert "damaged" not in output, output
-        if newest and "\nstart " in output:  # no more is repeated than since then
+        if newest and "\nstart " in output:  # No more is repeated than since then.
             assert f"{newest}\n" in output, output
         if code == 0:
             assert checksum(broken) == expected, output
             shutil.rmtree(broken)
-            runs, newest = runs + 1, None
-            continue
-        assert victim, output  # or it has failed on its own account
-        done += 1
-        newest = (checkpoints(broken) or [None])[-1]
-        print(f"{killed}, newest {newest and newest.name}", flush=True)
+            runs += 1
+            newest = None
+        else:
+            assert victim, output  # Or it has failed on its own account.
+            kills += 1
+            newest = (checkpoints(broken) or [None])[-1]
+            print(f"{killed}, newest {newest and newest.name}", flush=True)
     return runs
 
 
@@ -87,14 +103,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kills", type=int, nargs="?", default=50)
     parser.add_argument("--world_size", type=int, default=2)
+    parser.add_argument("--loader_workers", type=int, default=0)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     args = parser.parse_args()
     began = time.monotonic()
+    survived = False
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         try:
-            runs = soak(
-                args.kills, args.world_size, random.Random(args.seed), Path(name)
-            )
+            runs = soak(args, Path(name))
+            survived = True
             verdict = f"survived, {runs} runs completed, each bit-equal to undisturbed"
         except AssertionError as error:
             verdict = f"NOT survived: {error}"
@@ -103,7 +120,8 @@ if __name__ == "__main__":
                 os.kill(pid, signal.SIGKILL)
     minutes = (time.monotonic() - began) / 60
     print(
-        f"soak: {args.kills} kills of {args.world_size} ranks (seed {args.seed}) "
+        f"soak: {args.kills} kills of {args.world_size} ranks with "
+        f"{args.loader_workers} loader workers each (seed {args.seed}) "
         f"{verdict}; {minutes:.1f} minutes"
     )
-    sys.exit("NOT" in verdict)
+    sys.exit(not survived)
