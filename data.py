@@ -228,7 +228,8 @@ def refuse_unusable_folders(data_dir: Path) -> None:
             fix = "mount or create it, or choose another --data_dir"
             raise UserError(f"{folder} leads to {target}, which is not there: {fix}")
         with contextlib.suppress(FileNotFoundError):
-            os.listdir(folder)
+            # With the dot, this also needs the right to enter the folder.
+            os.listdir(f"{folder}/.")
 
 
 def refuse_misplaced_files(data_dir: Path) -> None:
@@ -242,6 +243,8 @@ def refuse_misplaced_files(data_dir: Path) -> None:
             file = data_dir / name
             if file.parent.name == "raw" and file.parent.parent.name in OTHER_DATASETS:
                 continue
+            if has_all_files(data_dir):
+                return  # Another run has just downloaded them.
             problem = f"{file} was found, but {DATASET} is not complete in {raw}"
             raise UserError(f"{problem}: it needs {', '.join(FILES)}, unpacked")
 

@@ -5,13 +5,15 @@ examples:
   python train_ddp.py --world_size 2
 """
 
-# The words: several processes train together, each with a copy of the model and a share of
-# each batch. The number of a process is its *rank*, the number of processes the *world size*;
-# the *local rank* is its number on its machine. To *join the process group* is to meet the
-# others. A *collective* is an operation that all ranks must call, in the same order. In an
-# *all-reduce* they add up a tensor, and each gets the sum. DDP does that with the gradients,
-# in *buckets*: several of them in one message. The *backend* carries it: gloo between CPUs,
-# nccl between NVIDIA GPUs.
+# Several processes train together. Each has a copy of the model and a share of each batch.
+#
+# rank: the number of a process, from 0. world size: the number of processes.
+# local rank: the number of a process on its machine; it chooses the GPU.
+# process group: the processes that have met, and can now talk to one another.
+# collective: an operation that all ranks must call, in the same order.
+# all-reduce: the collective in which the ranks add up a tensor, and each gets the sum. DDP
+#     does that with the gradients, in buckets: several gradients in one message.
+# backend: the library that carries the messages: gloo between CPUs, nccl between NVIDIA GPUs.
 
 import argparse
 import dataclasses
@@ -92,12 +94,10 @@ def train(args: argparse.Namespace, info: RankInfo, lock: FolderLock) -> int:
     data_name, train_set, test_set = load_on_every_rank(args.data_dir)
     check_that_ranks_agree(args, data_name)
     check_sizes(train_set, test_set)
-    if args.lr is None:
-        global_batch = args.batch_size * args.world_size
-        args.lr = default_learning_rate(min(global_batch, size_of(train_set)))
+    args.lr = args.lr or default_learning_rate(args, train_set)
 
-    # 2. Create the model. Each run begins with the same weights; DDP needs no seed, as it
-    # copies rank 0's weights to all.
+    # 2. Create the model. The seed is for you, who will want to repeat a run. DDP needs none:
+    # it copies rank 0's weights to all ranks.
     torch.manual_seed(args.seed)
     model = ConvNet().to(device).to(memory_format=torch.channels_last)
     optimizer = AdamW(model.parameters(), betas=(0.8, 0.95), fused=True)
@@ -137,19 +137,15 @@ def train_in_ddp(run: Run, train_set: Dataset, test_set: Dataset) -> int:
             sampler.set_epoch(progress.epoch, start=progress.images)
             if hasattr(train_set, "set_epoch"):
                 train_set.set_epoch(args.seed, progress.epoch)
-            images_before = progress.images
             started = time.perf_counter()
-            is_complete = train_epoch(run, ddp, loader, received_signals)
-            seconds = time.perf_counter() - started
-            if not is_complete:
+            images_before = progress.images
+            if not train_epoch(run, ddp, loader, received_signals):
                 path = save(run)
                 print0(f"stopped; {path} has all progress: rerun to resume")
-                # A rank that got no signal stops because another one did.
-                return 128 + (
-                    received_signals[0] if received_signals else signal.SIGTERM
-                )
-            rate = (progress.images - images_before) / seconds
-            finish_epoch(run, seconds, rate, evaluate(run, test_set))
+                return utils.code_of_stop(received_signals)
+            seconds = time.perf_counter() - started
+            images = progress.images - images_before
+            finish_epoch(run, evaluate(run, test_set), images, seconds)
     return 0
 
 
@@ -312,13 +308,15 @@ def check_sizes(train_set: Dataset, test_set: Dataset) -> None:
         raise UserError("the test set is empty")
 
 
-def default_learning_rate(global_batch: int) -> float:
-    """Return the peak learning rate for so many images per step.
+def default_learning_rate(args: argparse.Namespace, train_set: Dataset) -> float:
+    """Return the peak learning rate that suits the global batch.
 
-    It grows with the square root of the batch, as its gradient has less noise, and not beyond
-    what trains well on a split of the training set (see tests/README.md).
+    It grows with the square root of the batch, whose gradient has less noise. It stops at 256
+    images: a larger rate gained nothing on a split of the training set (see tests/README.md),
+    and with thousands of images in a step, so few steps, such a training ended at chance.
     """
-    return min(0.01 * math.sqrt(global_batch / 128), 0.02)
+    global_batch = min(args.batch_size * args.world_size, size_of(train_set))
+    return 0.01 * math.sqrt(min(global_batch, 256) / 128)
 
 
 def settle_buckets(ddp: nn.Module, test_set: Dataset) -> None:
@@ -451,9 +449,12 @@ def compare_with_saved(run: Run, saved: dict[str, Any], path: Path) -> None:
 
 
 def finish_epoch(
-    run: Run, seconds: float, rate: float, results: dict[str, float]
+    run: Run, results: dict[str, float], images: int, seconds: float
 ) -> None:
-    """Record the epoch, save it and report it."""
+    """Record the epoch, save it and report it.
+
+    This process has trained so many images in so many seconds. It may have resumed the epoch.
+    """
     progress = run.progress
     train_loss = progress.loss_sum / progress.images
     progress.epoch += 1
@@ -466,16 +467,15 @@ def finish_epoch(
         "step": progress.step,
         "train_loss": train_loss,
         **results,
-        # Of this process, which may have resumed in mid-epoch.
         "seconds": seconds,
-        "images_per_second": rate,
+        "images_per_second": images / seconds,
     }
     progress.history.append(record)
     path = save(run)
     print0(
         f"epoch {progress.epoch}/{run.args.epochs}  train loss {train_loss:.4f}  "
         f"test loss {results['test_loss']:.4f}  accuracy {results['test_accuracy']:.2%}  "
-        f"{rate:,.0f} images/s  {seconds:.1f} s  {path}"
+        f"{images / seconds:,.0f} images/s  {seconds:.1f} s  {path}"
     )
 
 

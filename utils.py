@@ -468,6 +468,13 @@ def catch_stop_signals() -> Iterator[list[int]]:
         yield received_signals
 
 
+def code_of_stop(received_signals: list[int]) -> int:
+    """Return the exit code of a rank that has stopped for a signal: 128 + its number."""
+    # Without one, this rank stops because another rank got a signal.
+    number = received_signals[0] if received_signals else signal.SIGTERM
+    return 128 + number
+
+
 def ignore_stop_signals(worker_id: int = 0) -> None:
     """Leave it to the rank to stop, in one of its loader workers.
 
