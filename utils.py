@@ -193,18 +193,33 @@ def open_store(info: RankInfo) -> dist.Store:
     """
     if not info.init_method:
         return dist.HashStore()
-    kind, place = info.init_method.split("://")
-    if kind == "file":
-        file_store = dist.FileStore(place, info.world_size)
+    if info.init_method.startswith("file://"):
+        path = info.init_method.removeprefix("file://")
+        file_store = dist.FileStore(path, info.world_size)
         file_store.set_timeout(TIMEOUT)
         return file_store
-    host, port = place.rsplit(":", 1)
+    store: dist.Store = open_tcp_store(info)
+    if info.local_world_size == info.world_size:
+        # torchrun keeps its store over all restarts: without a prefix of its own, a restarted
+        # rank would find the addresses of dead ones. Several machines may count differently
+        # (github.com/pytorch/pytorch/issues/135712).
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(restarts, store)
+    wait_for_all_ranks(store, info)
+    return store
+
+
+def open_tcp_store(info: RankInfo) -> dist.TCPStore:
+    """Return the store that torchrun hosts, otherwise rank 0; raises UserError."""
+    host, port = info.init_method.removeprefix("tcp://").rsplit(":", 1)
     is_host = info.rank == 0 and not torchrun_hosts_the_store()
     if not is_host:
-        waiting = f"rank {info.rank} waits for rank 0 (or torchrun) at {host}:{port}"
+        other = "torchrun" if torchrun_hosts_the_store() else "rank 0"
+        waiting = f"rank {info.rank} waits for {other} at {host}:{port}"
         wait_until(lambda: answers(host, int(port)), lambda: waiting)
     try:
-        store: dist.Store = dist.TCPStore(
+        # torch's own way would be to wait in here for all ranks, deaf to Ctrl-C and silent.
+        return dist.TCPStore(
             host,
             int(port),
             is_master=is_host,
@@ -214,14 +229,6 @@ def open_store(info: RankInfo) -> dist.Store:
     except dist.DistNetworkError as error:
         problem = f"cannot use {host}:{port} ({first_line(error)})"
         raise UserError(f"{problem}: choose another MASTER_PORT")
-    if info.local_world_size == info.world_size:
-        # torchrun keeps its store over all restarts: without a prefix of its own, a restarted
-        # rank would find the addresses of dead ones. Several machines may count differently
-        # (github.com/pytorch/pytorch/issues/135712).
-        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(restarts, store)
-    wait_for_all_ranks(store, info)
-    return store
 
 
 def wait_for_all_ranks(store: dist.Store, info: RankInfo) -> None:
@@ -234,12 +241,11 @@ def wait_for_all_ranks(store: dist.Store, info: RankInfo) -> None:
         place = info.init_method.removeprefix("tcp://")
         return f"rank {info.rank} waits for rank {', '.join(missing)} at {place}"
 
-    # One rank per machine reports, and rank 0 asks last: it may host the store.
     wait_until(lambda: store.check(keys), waiting)
 
 
 def answers(host: str, port: int) -> bool:
-    """Return whether anybody listens there. In contrast to TCPStore, Ctrl-C ends it."""
+    """Return whether anybody listens there."""
     try:
         socket.create_connection((host, port), timeout=1).close()
     except OSError:
@@ -293,7 +299,8 @@ def first_line(error: Exception) -> str:
 
 # ---------------------------------------------------------------- checkpoint files
 
-VERSION = 1  # of the content of a checkpoint
+# Of the content of a checkpoint: to be raised when that changes.
+VERSION = 1
 CHECKPOINT_NAME = f"epoch{'[0-9]' * 5}-image{'[0-9]' * 9}.pt"
 
 

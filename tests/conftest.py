@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -200,6 +201,15 @@ def wait_until(condition, timeout: float = 120, started: Started | None = None):
     return value
 
 
+def hand_set(world_size: int) -> list[dict[str, str]]:
+    """For each rank, what somebody may set by hand who starts the ranks without a launcher."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    return [shared | {"RANK": str(rank)} for rank in range(world_size)]
+
+
 def fault(at_start: str = "", **code: str) -> dict[str, str]:
     """The environment of a run in which `code` is added to the modules that it names."""
     folder = str(ROOT / "tests" / "faults")
@@ -267,8 +277,10 @@ def fork(tmp_path):
     """Start the program in tmp_path as `Forked` does it; what is left at the end is killed."""
     forked = []
 
-    def fork_one(*flags: object, cwd: Path = tmp_path, **env: str) -> Forked:
-        forked.append(Forked(command(*flags)[2:], cwd, **env))
+    def fork_one(
+        *flags: object, cwd: Path = tmp_path, data: bool = True, **env: str
+    ) -> Forked:
+        forked.append(Forked(command(*flags, data=data)[2:], cwd, **env))
         return forked[-1]
 
     yield fork_one
