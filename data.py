@@ -8,9 +8,10 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -20,22 +21,33 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from utils import UserError, first_line, ignore_stop_signals, warn
 
-# Or FashionMNIST or KMNIST: the class in torchvision, and the folder on the disk.
+# The name of a class in torchvision.datasets, and of a folder: MNIST, FashionMNIST or KMNIST.
 DATASET = "MNIST"
 # The number of pixels by which training moves an image, in each direction.
 MAX_SHIFT = 1
 # The number of processes per rank that load data. With 0, the rank loads them itself.
 LOADER_WORKERS = 0
 
+# Anything with __len__ and __getitem__; torch's own type Dataset does not promise __len__.
+SizedDataset = Any
 
-def load_data(data_dir: Path, download: bool) -> tuple[str, Dataset, Dataset]:
+
+def load_data(data_dir: Path, download: bool) -> tuple[str, SizedDataset, SizedDataset]:
     """Return a name for the data, the training set and the test set; raises UserError.
 
-    Replace this function to train on data of your own. Any data set with `__len__` and
-    `__getitem__` will do. If its items are random, give it a `set_epoch` as `Digits` has.
-    The name can be any text; a training only resumes with data of the same name.
+    Replace this function to train on data of your own, for example on folders of pictures:
 
-    `download` is True on the first rank of each machine, which the others wait for.
+        train_set = ImageFolder(data_dir / "train", transform)
+        test_set = ImageFolder(data_dir / "test", transform)
+        return "my pictures", train_set, test_set
+
+    An item is a pair of an image and the number of its class. If items change at random, the
+    training set needs a `set_epoch`, as `Digits` has. If you split one data set in two, use
+    the same seed on all ranks. The name can be any text; a checkpoint is only resumed with
+    data of the same name.
+
+    `download` is True on the first rank of each machine. Meanwhile the others wait, TIMEOUT in
+    utils.py at most, and then call this function with False.
     """
     if download:
         download_if_absent(data_dir)
@@ -53,22 +65,23 @@ def load_data(data_dir: Path, download: bool) -> tuple[str, Dataset, Dataset]:
 
 
 class Digits(Dataset):
-    """Images, uint8 [28, 28], each with its label, an int; training moves them at random."""
+    """Images, uint8 [28, 28], each with its label, an int; training shifts them at random."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         """Take images, uint8 [N, 28, 28], and labels, an integer type [N]."""
         self.height, self.width = images.shape[1:]
         self.padded = F.pad(images, [MAX_SHIFT] * 4)
         self.labels = labels.tolist()
-        # Until `set_epoch` is called, as for a test set, nothing is moved.
+        # Until `set_epoch` is called, as for a test set, each image is taken from the middle of
+        # the padded one, and so is not shifted.
         self.shifts = [[MAX_SHIFT, MAX_SHIFT]] * len(images)
 
     def set_epoch(self, seed: int, epoch: int) -> None:
         """Draw new shifts for all images.
 
-        They belong to (seed, epoch, image), not to a rank. The usual way, random transforms
-        that use the global generator, has a trap: after torch.manual_seed(seed) they are the
-        same on every rank, and a resumed training repeats those of its first steps.
+        They belong to (seed, epoch, image), not to a rank. Random transforms usually draw from
+        the global generator, which has two traps here. All ranks were seeded alike, so they
+        draw the same transforms. And a resumed training draws those of its start again.
         """
         generator = torch.Generator().manual_seed(seed + epoch)
         size = (len(self), 2)
@@ -95,7 +108,18 @@ class ResumableSampler(DistributedSampler):
     of the others for ever. DistributedSampler repeats some items instead.
     """
 
-    start = 0  # How many items of the permutation all ranks together have finished.
+    def __init__(
+        self,
+        dataset: SizedDataset,
+        world_size: int | None = None,
+        rank: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Take world size and rank from the process group, unless they are given."""
+        super().__init__(dataset, num_replicas=world_size, rank=rank, seed=seed)
+        self.size = len(dataset)
+        # The number of items of the permutation that all ranks together have finished.
+        self.start = 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch, and the item to start from; call it before each epoch."""
@@ -103,23 +127,24 @@ class ResumableSampler(DistributedSampler):
         self.start = start
 
     def __len__(self) -> int:
-        return (size_of(self.dataset) - self.start) // self.num_replicas
+        return (self.size - self.start) // self.num_replicas
 
     def __iter__(self) -> Iterator[int]:
-        # The same permutation as DistributedSampler's own.
+        # This is the same permutation as DistributedSampler's own.
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(size_of(self.dataset), generator=generator)
+        order = torch.randperm(self.size, generator=generator)
         own_items = order[self.start + self.rank :: self.num_replicas]
         return iter(own_items[: len(self)].tolist())
 
 
 def make_loader(
-    dataset: Dataset, batch_size: int, sampler: Sampler | None = None
+    dataset: SizedDataset, batch_size: int, sampler: Sampler | None = None
 ) -> DataLoader:
     """Return a DataLoader whose worker processes, if any, leave stop signals to their rank."""
-    # "spawn", which is the default in a spawned rank, would import torch in each worker, and
-    # does so in each epoch. persistent_workers would avoid that, but such workers keep the
-    # copy of the data set that they started with: they would never see a new `set_epoch`.
+    # New workers are started for each epoch. With "fork", a worker begins as a copy of this
+    # process, which is fast. With "spawn", the default in a spawned rank, each would import
+    # torch again. persistent_workers would keep the workers, but also their copy of the data
+    # set: they would never see what `set_epoch` changes.
     forks = LOADER_WORKERS > 0 and sys.platform == "linux"
     return DataLoader(
         dataset,
@@ -133,13 +158,8 @@ def make_loader(
     )
 
 
-def size_of(dataset: Dataset) -> int:
-    """Return len(dataset), which type checkers refuse: a Dataset need not have it."""
-    assert isinstance(dataset, Sized)
-    return len(dataset)
-
-
-# ================================================================ downloading (skip at first)
+# ================================================================ MNIST's files (skip at first)
+# Nothing below is needed for a data set of your own.
 
 FILES = [
     "train-images-idx3-ubyte",
@@ -162,7 +182,7 @@ NETWORK_ERRORS = (
 
 
 def raw_folder(data_dir: Path) -> Path:
-    """Return where torchvision has the files."""
+    """Return the folder in which torchvision looks for the files."""
     return data_dir / DATASET / "raw"
 
 
@@ -195,7 +215,7 @@ def read(root: Path, train: bool) -> tuple[Tensor, Tensor]:
 
 
 def download_if_absent(data_dir: Path) -> None:
-    """Download the four files if there is nothing, all or none of them.
+    """Download the four files if none of them is there.
 
     Without a network, warn that the bundled sample is used. Files that are there but cannot
     be used raise UserError: nobody who has data wants to train on a sample.
@@ -208,8 +228,9 @@ def download_if_absent(data_dir: Path) -> None:
         if not interrupted_downloads(raw):
             refuse_misplaced_files(data_dir)
         raw.mkdir(parents=True, exist_ok=True)
-        with locked(raw) as is_alone:
-            if is_alone:
+        with locked(raw) as can_lock:
+            # Without a lock, they could be another run's.
+            if can_lock:
                 for leftover in interrupted_downloads(raw):
                     shutil.rmtree(leftover)
             # Another run may have been faster.
@@ -261,6 +282,7 @@ def locked(folder: Path) -> Iterator[bool]:
 
     directory = os.open(folder, os.O_RDONLY)
     try:
+        # lockf would need the right to write, with which no folder can be opened.
         fcntl.flock(directory, fcntl.LOCK_EX)
         can_lock = True
     except OSError:
@@ -278,14 +300,18 @@ def fetch(raw: Path) -> None:
     seconds = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SOCKET_SECONDS)
     try:
-        # Inside the target, and so on the same disk, even if the target is a link.
+        # It is inside the target, and so on the same disk, even if the target is a link.
         with tempfile.TemporaryDirectory(prefix=".download-", dir=raw) as folder:
             getattr(datasets, DATASET)(folder, download=True)
             for name in FILES:
                 os.replace(raw_folder(Path(folder)) / name, raw / name)
     except NETWORK_ERRORS as error:
+        problem = f"{DATASET} could not be downloaded ({first_line(error)})"
+        if not has_all_files(SAMPLE_DIR):
+            fix = f"rerun with a network, or put {', '.join(FILES)} in {raw}"
+            raise UserError(f"{problem}: {fix}")
         warn(
-            f"{DATASET} could not be downloaded ({first_line(error)}).\n"
+            f"{problem}.\n"
             "This uses THE BUNDLED SAMPLE of 10,000 digits of MNIST, which is less accurate. "
             f"For all,\nrerun with a network or put {', '.join(FILES)} in {raw}"
         )

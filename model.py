@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-# Of MNIST's training images, whose pixels are from 0 to 255.
+# The mean and the standard deviation of MNIST's training images, with pixels from 0 to 255.
 PIXEL_MEAN = 33.3
 PIXEL_STD = 78.6
 
@@ -11,8 +11,12 @@ PIXEL_STD = 78.6
 class ConvNet(nn.Module):
     """A small CNN for grey images of 28x28 pixels in ten classes.
 
-    It has no batch norm on purpose: its statistics would be those of one rank's batch, and
-    N ranks x B images would no longer compute what one rank x N*B images computes.
+    It has no batch norm on purpose. The statistics of a batch norm would be those of one
+    rank's batch, so that N ranks x B images would no longer compute what one rank x N*B images
+    computes. Use nn.GroupNorm, or convert the model with nn.SyncBatchNorm on GPUs.
+
+    Nor has it dropout. All ranks are seeded alike, and would drop the same units; and a
+    resumed training would repeat the masks of its start.
     """
 
     def __init__(self) -> None:
@@ -32,6 +36,6 @@ class ConvNet(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map raw pixels, uint8 [B, 28, 28], to logits, float32 [B, 10]."""
         # The pixels are normalised here, so that training, evaluation and your own images
-        # cannot disagree.
+        # cannot disagree. unsqueeze adds the channel: [B, 1, 28, 28].
         pixels = images.unsqueeze(1).float()
         return self.layers((pixels - PIXEL_MEAN) / PIXEL_STD)

@@ -7,22 +7,25 @@ examples:
 
 # Several processes train together. Each has a copy of the model and a share of each batch.
 #
-# rank: the number of a process, from 0. world size: the number of processes.
+# rank: the number of a process, from 0; also the process itself ("all ranks wait").
+# world size: the number of processes.
 # local rank: the number of a process on its machine; it chooses the GPU.
-# process group: the processes that have met, and can now talk to one another.
-# collective: an operation that all ranks must call, in the same order.
-# all-reduce: the collective in which the ranks add up a tensor, and each gets the sum. DDP
-#     does that with the gradients, in buckets: several gradients in one message.
+# launcher: the program that starts the processes: torchrun, or this script itself.
+# process group: the processes that have met, and can now send one another messages.
 # backend: the library that carries the messages: gloo between CPUs, nccl between NVIDIA GPUs.
+# collective: an operation that all ranks must call, in the same order.
+# all-reduce: the collective that adds up a tensor of all ranks, and gives each the sum. DDP
+#     does that with the gradients, and divides by the world size: each gets the mean.
+# bucket: several gradients that DDP sends in one message.
+# global batch: the images of all ranks in one step: batch_size * world_size of them.
 
 import argparse
-import dataclasses
 import math
 import os
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,36 +35,45 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import DataLoader, Subset
 
 import utils
-from data import ResumableSampler, load_data, make_loader, size_of
+from data import ResumableSampler, SizedDataset, load_data, make_loader
 from model import ConvNet
-from utils import FolderLock, RankInfo, UserError, gather, print0, raise_on_all_ranks
+from utils import (
+    FolderLock,
+    RankInfo,
+    ReportedElsewhere,
+    UserError,
+    gather,
+    print0,
+    raise_on_all_ranks,
+)
 
 LABEL_SMOOTHING = 0.1
-# The part of the training in which the learning rate rises.
+# During this fraction of the training the learning rate rises; then it falls.
 WARM_UP = 0.2
-# After so many steps the ranks add up their losses, and ask who has to stop.
+# Every so many steps the ranks add up their losses, and find out whether one of them was asked
+# to stop. torchrun gives them 30 s to do so, and to save.
 SYNC_EVERY = 10
-# After so many steps the loss is printed: a multiple of SYNC_EVERY.
+# Every so many steps the loss is printed.
 LOG_EVERY = 200
 
 
 @dataclass
 class Progress:
-    """How far the training is. A checkpoint holds it as it is.
+    """How far the training is. A checkpoint stores all of it.
 
     epoch: the number of finished epochs.
-    images: how many of the current epoch are done, by all ranks together. In contrast to a
-        number of batches, it is valid for any world size.
+    images_done: the number of images of the current epoch that all ranks together have trained
+        on. In contrast to a number of batches, it is valid for any world size.
     step: the number of optimizer steps since the start.
     loss_sum: the sum of the losses of these images.
     history: a record for each finished epoch.
     """
 
     epoch: int = 0
-    images: int = 0
+    images_done: int = 0
     step: int = 0
     loss_sum: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -71,45 +83,53 @@ class Progress:
 class Run:
     """One training: what it was started with, and what changes.
 
-    lock: of the checkpoint folder; rank 0 holds it.
-    model: the bare model, not wrapped in DDP.
+    model: the model itself, not wrapped in DDP.
+    lock: the lock of the checkpoint folder, which rank 0 holds.
     """
 
     args: argparse.Namespace
+    device: torch.device
     data_name: str
-    lock: FolderLock
+    train_size: int
     model: nn.Module
     optimizer: Optimizer
+    lock: FolderLock
     progress: Progress
 
 
 def train(args: argparse.Namespace, info: RankInfo, lock: FolderLock) -> int:
-    """Train as one rank, from joining the others to leaving them; return the exit code.
+    """Train as one rank. Return 0, or the exit code of a process that was asked to stop.
 
-    Raises UserError on all ranks.
+    If one rank finds a problem, all ranks raise it as UserError, so that none waits for ever.
     """
     # 1. Join the other ranks. From here on, all of them do the same, at the same time.
     device = utils.join_process_group(info)
-    claim_on_rank0(lock)
+    lock_on_rank0(lock)
     data_name, train_set, test_set = load_on_every_rank(args.data_dir)
+    train_size = len(train_set)
     check_that_ranks_agree(args, data_name)
-    check_sizes(train_set, test_set)
-    args.lr = args.lr or default_learning_rate(args, train_set)
+    check_sizes(train_size, len(test_set))
+    if args.lr is None:
+        args.lr = default_learning_rate(args, train_size)
 
-    # 2. Create the model. The seed is for you, who will want to repeat a run. DDP needs none:
-    # it copies rank 0's weights to all ranks.
+    # 2. Create the model. The seed makes a run repeatable. DDP itself does not need it: it
+    # copies rank 0's weights to all ranks.
     torch.manual_seed(args.seed)
-    model = ConvNet().to(device).to(memory_format=torch.channels_last)
+    model = ConvNet().to(device)
+    # This is the faster memory layout for convolutions.
+    model = model.to(memory_format=torch.channels_last)
+    # train_epoch sets the learning rate before each step.
     optimizer = AdamW(model.parameters(), betas=(0.8, 0.95), fused=True)
 
-    # 3. Resume from the newest checkpoint, if there is one.
-    run = Run(args, data_name, lock, model, optimizer, Progress())
-    path = resume(run)
-    report_start(run, device, path)
+    # 3. Load the newest checkpoint, if there is one, into `run`.
+    progress = Progress()
+    run = Run(args, device, data_name, train_size, model, optimizer, lock, progress)
+    resumed_from = resume(run)
+    report_start(run, resumed_from)
 
-    # 4. and 5. Wrap the model in DDP, and train.
+    # Steps 4 and 5 are in train_epochs.
     if run.progress.epoch < args.epochs:
-        exit_code = train_in_ddp(run, train_set, test_set)
+        exit_code = train_epochs(run, train_set, test_set)
     else:
         report_finished(run)
         exit_code = 0
@@ -119,102 +139,119 @@ def train(args: argparse.Namespace, info: RankInfo, lock: FolderLock) -> int:
     return exit_code
 
 
-def train_in_ddp(run: Run, train_set: Dataset, test_set: Dataset) -> int:
+def train_epochs(run: Run, train_set: SizedDataset, test_set: SizedDataset) -> int:
     """Train all epochs that are left, or until a stop signal; return the exit code."""
     args = run.args
     progress = run.progress
     # 4. Wrap the model. From here on, each backward pass also averages the gradients over the
-    # ranks, so that all take the same step and their weights stay equal.
+    # ranks, so that all take the same step and their weights stay equal. (The view saves the
+    # memory of a second copy of the gradients.)
     ddp = DistributedDataParallel(run.model, gradient_as_bucket_view=True)
+    # This makes a resumed training equal to an uninterrupted one, to the last bit.
     settle_buckets(ddp, test_set)
     sampler = ResumableSampler(train_set, seed=args.seed)
     loader = make_loader(train_set, args.batch_size, sampler)
 
-    # 5. Train epoch by epoch.
+    # 5. Train epoch by epoch. A stop signal, such as Ctrl-C, only enters a list.
     with utils.catch_stop_signals() as received_signals:
         while progress.epoch < args.epochs:
             # Without set_epoch, each epoch would repeat the order of the first.
-            sampler.set_epoch(progress.epoch, start=progress.images)
+            sampler.set_epoch(progress.epoch, start=progress.images_done)
             if hasattr(train_set, "set_epoch"):
+                # Random changes of the images, too, are drawn anew for each epoch.
                 train_set.set_epoch(args.seed, progress.epoch)
             started = time.perf_counter()
-            images_before = progress.images
+            images_before = progress.images_done
             if not train_epoch(run, ddp, loader, received_signals):
                 path = save(run)
                 print0(f"stopped; {path} has all progress: rerun to resume")
                 return utils.code_of_stop(received_signals)
             seconds = time.perf_counter() - started
-            images = progress.images - images_before
-            finish_epoch(run, evaluate(run, test_set), images, seconds)
+            images_per_second = (progress.images_done - images_before) / seconds
+            results = evaluate(run, test_set)
+            record = record_of_epoch(run, results, seconds, images_per_second)
+            # The next epoch begins.
+            progress.history.append(record)
+            progress.epoch += 1
+            progress.images_done = 0
+            progress.loss_sum = 0.0
+            path = save(run)
+            report_epoch(run, path)
     return 0
 
 
 def train_epoch(
-    run: Run, ddp: nn.Module, loader: DataLoader, received_signals: list[int]
+    run: Run,
+    ddp: DistributedDataParallel,
+    loader: DataLoader,
+    received_signals: list[int],
 ) -> bool:
-    """Train to the end of the epoch; return False if any rank has a stop signal before.
+    """Train to the end of the epoch. Return False if a rank was asked to stop before that.
 
-    All ranks return after the same step, as one that trained on would wait for the others for
-    ever. Raises UserError on all ranks if the sum of their losses is not finite.
+    All ranks return after the same step: a rank that trained on alone would wait for the
+    others for ever. Raises UserError on all ranks if the sum of their losses is not finite.
     """
     args = run.args
     progress = run.progress
-    total = size_of(loader.dataset)
-    ddp.train()  # settle_buckets and evaluate leave the model in eval mode.
-    losses = []  # Of this rank's images, since the ranks last added theirs up.
+    # settle_buckets and evaluate leave the model in eval mode.
+    ddp.train()
+    # The losses of this rank that are not yet in progress.loss_sum.
+    losses: list[Tensor] = []
     for images, labels in loader:
         # The ranks' batches are equally large.
         global_batch = args.world_size * len(labels)
-        images_seen = progress.epoch * total + progress.images + global_batch / 2
-        rate = learning_rate(images_seen / (args.epochs * total), args.lr)
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
-        losses.append(train_step(ddp, run.optimizer, images, labels))
-        progress.images += global_batch
+        set_learning_rate(run, global_batch)
+        losses.append(train_step(run, ddp, images, labels))
+        progress.images_done += global_batch
         progress.step += 1
 
         is_saving = args.save_every is not None and progress.step % args.save_every == 0
-        is_last = total - progress.images < args.world_size
-        if is_saving or is_last or progress.step % SYNC_EVERY == 0:
-            must_stop = add_up_losses(progress, losses, len(received_signals))
+        is_logging = progress.step % LOG_EVERY == 0
+        # The sampler leaves out the last images, if they are too few for all ranks.
+        is_last = run.train_size - progress.images_done < args.world_size
+        if is_saving or is_logging or is_last or progress.step % SYNC_EVERY == 0:
+            must_stop = add_up_losses_and_signals(progress, losses, received_signals)
             losses.clear()
             if must_stop:
                 return False
         if is_saving:
             save(run)
-        if progress.step % LOG_EVERY == 0:
-            mean_loss = progress.loss_sum / progress.images
+        if is_logging:
+            mean_loss = progress.loss_sum / progress.images_done
             print0(f"step {progress.step}  train loss {mean_loss:.4f}")
     return True
 
 
 def train_step(
-    ddp: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor
+    run: Run, ddp: DistributedDataParallel, images: Tensor, labels: Tensor
 ) -> Tensor:
     """Take one step; return the summed loss of this rank's images, float32 [], on the device."""
-    device = next(ddp.parameters()).device
-    images = images.to(device, non_blocking=True)
-    labels = labels.to(device, non_blocking=True)
+    images = images.to(run.device, non_blocking=True)
+    labels = labels.to(run.device, non_blocking=True)
     loss = F.cross_entropy(ddp(images), labels, label_smoothing=LABEL_SMOOTHING)
     # Here DDP averages the gradients over the ranks. As their batches are equally large, in
     # the last step too, that is the mean over all images of the step.
     loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    run.optimizer.step()
+    run.optimizer.zero_grad()
     # .item() here would make the CPU wait for the GPU in each step.
     return loss.detach() * len(labels)
 
 
-def add_up_losses(progress: Progress, losses: list[Tensor], signal_count: int) -> bool:
+def add_up_losses_and_signals(
+    progress: Progress, losses: list[Tensor], received_signals: list[int]
+) -> bool:
     """Add the losses of all ranks to the progress; return whether any rank has to stop.
 
-    DDP averages gradients, never the loss: without this, rank 0 would report its own. The same
-    message asks for stop signals, so that all ranks learn of one after the same step.
+    Waits for all ranks. DDP averages gradients, never the loss: without this, rank 0 would
+    report its own. The same message carries the stop signals, as one message is cheaper than
+    two, and so that all ranks learn of a signal after the same step.
     """
-    # In float64 such float32 losses add up without rounding. So how they are grouped, and an
-    # interruption, which groups them differently, leaves no trace in the sum.
+    # In float64 the sum of some thousand such float32 numbers is exact. So a run that saves
+    # more often, and so adds up after other steps, reports the same losses.
     own_loss = torch.stack(losses).sum(dtype=torch.float64)
-    sums = torch.stack([own_loss, own_loss.new_tensor(signal_count)])
+    signal_count = own_loss.new_tensor(len(received_signals))
+    sums = torch.stack([own_loss, signal_count])
     dist.all_reduce(sums)
     loss_sum, signals_of_all_ranks = sums.tolist()
     if not math.isfinite(loss_sum):
@@ -223,34 +260,47 @@ def add_up_losses(progress: Progress, losses: list[Tensor], signal_count: int) -
     return signals_of_all_ranks > 0
 
 
-def learning_rate(done: float, peak: float) -> float:
-    """Return the learning rate after a part of the training, from 0 to 1: up, then down to 0.
+def set_learning_rate(run: Run, global_batch: int) -> None:
+    """Set the learning rate of the next step.
 
-    It follows from the images seen, so there is no scheduler to save and restore.
+    It is computed from the number of images, so there is no scheduler to save and restore.
     """
-    rising = done / WARM_UP
-    falling = (1 - done) / (1 - WARM_UP)
+    progress = run.progress
+    images_seen = progress.epoch * run.train_size + progress.images_done
+    # In the middle of a step, so that neither the first nor the last step has a rate of 0.
+    fraction_done = (images_seen + global_batch / 2) / (
+        run.args.epochs * run.train_size
+    )
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(fraction_done, run.args.lr)
+
+
+def learning_rate(fraction_done: float, peak: float) -> float:
+    """Return the learning rate after a fraction of the training: up, then down to 0."""
+    rising = fraction_done / WARM_UP
+    falling = (1 - fraction_done) / (1 - WARM_UP)
     return peak * min(rising, falling)
 
 
 @torch.inference_mode()
-def evaluate(run: Run, test_set: Dataset) -> dict[str, float]:
-    """Return test_loss (cross-entropy, not smoothed) and test_accuracy over the test set."""
+def evaluate(run: Run, test_set: SizedDataset) -> dict[str, float]:
+    """Wait for all ranks; return test_loss (not smoothed) and test_accuracy of the test set."""
+    # The model itself, not `ddp`: a forward pass of that can send messages, for which a rank
+    # with one batch more would wait.
     model = run.model
     model.eval()
-    device = next(model.parameters()).device
-    total = size_of(test_set)
-    # Each image once. A DistributedSampler would repeat images until the ranks' shares are
-    # equally large, and the accuracy would depend on the world size.
-    share = Subset(test_set, range(dist.get_rank(), total, dist.get_world_size()))
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for images, labels in make_loader(share, run.args.batch_size):
-        logits = model(images.to(device, non_blocking=True))
-        labels = labels.to(device, non_blocking=True)
+    # Each image is used once. A DistributedSampler would repeat images until the ranks' shares
+    # are equally large, and the accuracy would depend on the world size.
+    own_items = range(dist.get_rank(), len(test_set), dist.get_world_size())
+    own_share = Subset(test_set, own_items)
+    sums = torch.zeros(2, dtype=torch.float64, device=run.device)
+    for images, labels in make_loader(own_share, run.args.batch_size):
+        logits = model(images.to(run.device, non_blocking=True))
+        labels = labels.to(run.device, non_blocking=True)
         sums[0] += F.cross_entropy(logits, labels, reduction="sum")
         sums[1] += (logits.argmax(1) == labels).sum()
     dist.all_reduce(sums)
-    loss, accuracy = (sums / total).tolist()
+    loss, accuracy = (sums / len(test_set)).tolist()
     return {"test_loss": loss, "test_accuracy": accuracy}
 
 
@@ -259,15 +309,18 @@ def evaluate(run: Run, test_set: Dataset) -> dict[str, float]:
 # ---------------------------------------------------------------- before the first step
 
 
-def claim_on_rank0(lock: FolderLock) -> None:
-    """Have rank 0 lock the checkpoint folder; wait for all ranks."""
+def lock_on_rank0(lock: FolderLock) -> None:
+    """Have rank 0 lock the checkpoint folder, as two runs must not write to the same one.
+
+    Waits for all ranks. Raises UserError on all ranks if another run has locked it.
+    """
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
             lock.claim()
 
 
-def load_on_every_rank(data_dir: Path) -> tuple[str, Dataset, Dataset]:
-    """Return what load_data returns; wait for all ranks.
+def load_on_every_rank(data_dir: Path) -> tuple[str, SizedDataset, SizedDataset]:
+    """Wait for all ranks; return what load_data returns.
 
     The first rank of each machine downloads. All at once would damage the files.
     """
@@ -282,54 +335,54 @@ def load_on_every_rank(data_dir: Path) -> tuple[str, Dataset, Dataset]:
 
 
 def check_that_ranks_agree(args: argparse.Namespace, data_name: str) -> None:
-    """Raise UserError on all ranks if they were started differently; wait for all ranks.
+    """Wait for all ranks; raise UserError on all if they were started differently.
 
     Each machine has a command line and a disk of its own.
     """
     own = {f"data {data_name}"}
     for name, value in vars(args).items():
+        # The folders may differ from machine to machine.
         if not name.endswith("_dir"):
             own.add(f"{name} {value}")
     everybody = gather(own)
-    differences = set.union(*everybody) - set.intersection(*everybody)
+    differences = sorted(set.union(*everybody) - set.intersection(*everybody))
     if differences:
-        raise UserError(
-            f"start all ranks alike, not with {', '.join(sorted(differences))}"
-        )
+        raise UserError(f"start all ranks alike, not with {', '.join(differences)}")
 
 
-def check_sizes(train_set: Dataset, test_set: Dataset) -> None:
+def check_sizes(train_size: int, test_size: int) -> None:
     """Raise UserError, on all ranks, if there are too few images."""
-    total = size_of(train_set)
     world_size = dist.get_world_size()
-    if total < world_size:
-        raise UserError(f"{world_size} ranks, but {total} training images: start fewer")
-    if size_of(test_set) == 0:
+    if train_size < world_size:
+        problem = f"{world_size} ranks, but {train_size} training images"
+        raise UserError(f"{problem}: start fewer")
+    if test_size == 0:
         raise UserError("the test set is empty")
 
 
-def default_learning_rate(args: argparse.Namespace, train_set: Dataset) -> float:
+def default_learning_rate(args: argparse.Namespace, train_size: int) -> float:
     """Return the peak learning rate that suits the global batch.
 
     It grows with the square root of the batch, whose gradient has less noise. It stops at 256
-    images: a larger rate gained nothing on a split of the training set (see tests/README.md),
-    and with thousands of images in a step, so few steps, such a training ended at chance.
+    images: a larger rate gained nothing on a split of the training set (see tests/README.md).
+    With thousands of images per step there are so few steps that the training then failed.
     """
-    global_batch = min(args.batch_size * args.world_size, size_of(train_set))
+    global_batch = min(args.batch_size * args.world_size, train_size)
     return 0.01 * math.sqrt(min(global_batch, 256) / 128)
 
 
-def settle_buckets(ddp: nn.Module, test_set: Dataset) -> None:
-    """Show DDP the order of gradients: its next forward pass sorts its buckets by it.
+def settle_buckets(ddp: DistributedDataParallel, test_set: SizedDataset) -> None:
+    """Run one backward pass, so that DDP learns in which order the gradients come.
 
-    The sums over three ranks or more change with that order. Without this, the first step
-    after a resume would round differently from that of a run without interruption.
+    In its next forward pass, DDP sorts its buckets by that order, with which the sums over
+    three ranks or more round differently. Without this, the first step after a resume would
+    differ from that of an uninterrupted training. Waits for all ranks.
     """
-    images, _ = default_collate([test_set[0]])
-    device = next(ddp.parameters()).device
+    image, _ = test_set[0]
+    images = image.unsqueeze(0).to(next(ddp.parameters()).device)
     # In train mode, a batch norm would take this image into its statistics.
     ddp.eval()
-    ddp(images.to(device)).sum().backward()
+    ddp(images).sum().backward()
     ddp.zero_grad()
 
 
@@ -337,15 +390,14 @@ def settle_buckets(ddp: nn.Module, test_set: Dataset) -> None:
 
 
 def save(run: Run) -> Path:
-    """Have rank 0 write a checkpoint; wait for all ranks; return its path.
+    """Wait until rank 0 has written a checkpoint; return its path.
 
     Nobody leaves before it is written: when one rank has left, the launcher ends the others,
     even rank 0 in mid-save. Raises UserError on all ranks.
     """
-    args = run.args
     progress = run.progress
-    name = f"epoch{progress.epoch:05d}-image{progress.images:09d}.pt"
-    path = Path(args.checkpoint_dir, name)
+    name = utils.checkpoint_name(progress.epoch, progress.images_done)
+    path = run.args.checkpoint_dir / name
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
             weights = run.model.parameters()
@@ -353,7 +405,7 @@ def save(run: Run) -> Path:
                 raise UserError("the weights are not finite: rerun with a lower --lr")
             # The folder may have been deleted, and even be another run's by now.
             run.lock.claim()
-            utils.save_checkpoint(path, checkpoint_of(run), args.keep)
+            utils.save_checkpoint(path, checkpoint_of(run), run.args.keep)
     return path
 
 
@@ -363,12 +415,12 @@ def checkpoint_of(run: Run) -> dict[str, Any]:
         "version": utils.VERSION,
         "args": hyperparameters(run.args),
         "data": run.data_name,
-        # Of the bare model: every name in the state dict of `ddp` begins with "module.", and
-        # only a model that is wrapped in DDP could load it.
+        # The model itself is saved. In the state dict of `ddp`, every name begins with
+        # "module.", and only a model that is wrapped in DDP could load it.
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "optimizer_class": type(run.optimizer).__name__,
-        "progress": dataclasses.asdict(run.progress),
+        "progress": asdict(run.progress),
     }
 
 
@@ -384,18 +436,19 @@ def hyperparameters(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def resume(run: Run) -> Path | None:
-    """Load the newest undamaged checkpoint of all machines, if any; return its path.
+    """Wait for all ranks; load the newest undamaged checkpoint of all machines; return its path.
 
-    Waits for all ranks. Raises UserError on all ranks if it is of another kind of training.
+    Raises UserError on all ranks if it is of another kind of training.
     """
-    folder = Path(run.args.checkpoint_dir)
+    folder = run.args.checkpoint_dir
     name = ""
     content = b""
     is_first = utils.is_first_on_machine()
     with raise_on_all_ranks():
         if is_first:
             name, content = utils.newest_checkpoint(folder)
-    # Not simply that of rank 0: when machines join or leave, rank 0 may move to an empty disk.
+    # Rank 0's is not always the newest: when machines join or leave, rank 0 may find itself on
+    # another one, with an empty disk.
     names = gather(name)
     newest = max(names)
     if not newest:
@@ -408,10 +461,10 @@ def resume(run: Run) -> Path | None:
     try:
         run.model.load_state_dict(saved["model"])
         load_optimizer_state(run.optimizer, saved["optimizer"])
-    except (RuntimeError, ValueError) as error:
+        run.progress = Progress(**saved["progress"])
+    except (RuntimeError, ValueError, TypeError) as error:
         problem = f"{path} does not fit: {' '.join(str(error).split())}"
         raise UserError(f"{problem}: choose another --checkpoint_dir")
-    run.progress = Progress(**saved["progress"])
     return path
 
 
@@ -441,62 +494,66 @@ def compare_with_saved(run: Run, saved: dict[str, Any], path: Path) -> None:
             difference = f"{path} has {name} {fact_before}, this run has {fact_now}"
             raise UserError(f"{difference}: choose another --checkpoint_dir")
     for name, value in now.items():
-        if before[name] != value:
-            print0(f"changed    {name} from {before[name]} to {value}")
+        # A flag that you have added is not in older checkpoints.
+        if before.get(name) != value:
+            print0(f"changed    {name} from {before.get(name)} to {value}")
 
 
 # ---------------------------------------------------------------- what is recorded and printed
 
 
-def finish_epoch(
-    run: Run, results: dict[str, float], images: int, seconds: float
-) -> None:
-    """Record the epoch, save it and report it.
+def record_of_epoch(
+    run: Run, results: dict[str, float], seconds: float, images_per_second: float
+) -> dict[str, Any]:
+    """Return what the history keeps of the epoch that has just been trained.
 
-    This process has trained so many images in so many seconds. It may have resumed the epoch.
+    The seconds are those of this process, which may have resumed in mid-epoch.
     """
     progress = run.progress
-    train_loss = progress.loss_sum / progress.images
-    progress.epoch += 1
-    progress.images = 0
-    progress.loss_sum = 0.0
-    record = {
+    return {
         **hyperparameters(run.args),
         "data": run.data_name,
-        "epoch": progress.epoch,
+        "epoch": progress.epoch + 1,
         "step": progress.step,
-        "train_loss": train_loss,
+        "train_loss": progress.loss_sum / progress.images_done,
         **results,
         "seconds": seconds,
-        "images_per_second": images / seconds,
+        "images_per_second": images_per_second,
     }
-    progress.history.append(record)
-    path = save(run)
+
+
+def report_epoch(run: Run, path: Path) -> None:
+    """Print the record of the last epoch, and where it is saved."""
+    record = run.progress.history[-1]
     print0(
-        f"epoch {progress.epoch}/{run.args.epochs}  train loss {train_loss:.4f}  "
-        f"test loss {results['test_loss']:.4f}  accuracy {results['test_accuracy']:.2%}  "
-        f"{images / seconds:,.0f} images/s  {seconds:.1f} s  {path}"
+        f"epoch {record['epoch']}/{run.args.epochs}  "
+        f"train loss {record['train_loss']:.4f}  test loss {record['test_loss']:.4f}  "
+        f"accuracy {record['test_accuracy']:.2%}  "
+        f"{record['images_per_second']:,.0f} images/s  {record['seconds']:.1f} s  {path}"
     )
 
 
-def report_start(run: Run, device: torch.device, path: Path | None) -> None:
-    """Print what is about to be trained, and from where; wait for all ranks."""
+def report_start(run: Run, resumed_from: Path | None) -> None:
+    """Wait for all ranks; print what is about to be trained, and from where."""
     args = run.args
-    cores = sum(len(cores) for cores in usable_cores().values())
     threads = torch.get_num_threads()
+    core_count = sum(len(cores) for cores in usable_cores().values())
     print0(
-        f"processes  {args.world_size} on {device.type}, {threads} thread(s) each, "
-        f"{cores} CPU core(s) for them"
+        f"processes  {args.world_size} on {run.device.type}, {threads} thread(s) each, "
+        f"{core_count} CPU core(s) for them"
     )
     print0(f"data       {run.data_name}")
     print0(
         f"training   {args.batch_size} images per rank and step, peak lr {args.lr:.3g}"
     )
-    print0(f"start      {path or f'from scratch, nothing in {args.checkpoint_dir}'}")
+    if resumed_from is None:
+        print0(f"start      from scratch, nothing in {args.checkpoint_dir}")
+    else:
+        print0(f"start      {resumed_from}")
 
 
 def usable_cores() -> dict[str, set[int]]:
-    """Return the cores that the ranks may use, by machine; wait for all ranks.
+    """Wait for all ranks; return the cores that they may use, by machine.
 
     OMP_PROC_BIND, taskset and the like can leave one core to all of them.
     """
@@ -513,7 +570,7 @@ def usable_cores() -> dict[str, set[int]]:
 def report_finished(run: Run) -> None:
     """Print the result of a training that has nothing left to do, and with what it was trained."""
     last = run.progress.history[-1]
-    flags = ", ".join(f"{name} {last[name]}" for name in hyperparameters(run.args))
+    flags = ", ".join(f"{name} {last.get(name)}" for name in hyperparameters(run.args))
     print0(
         f"finished   nothing left to train; trained before with {flags}: "
         f"test accuracy {last['test_accuracy']:.2%}"
@@ -523,7 +580,7 @@ def report_finished(run: Run) -> None:
 # ---------------------------------------------------------------- the command line
 
 
-def folder(text: str) -> Path:
+def parse_folder(text: str) -> Path:
     """Return a path from the command line; ~ is the home folder. Raises ArgumentTypeError."""
     if not text:
         raise argparse.ArgumentTypeError(
@@ -537,47 +594,61 @@ def folder(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text}: {error}")
 
 
-def raise_usage_error(message: str) -> NoReturn:
-    """Stand in for the parser's own, which prints the usage, and does so from every rank."""
-    raise UserError(f"{message} (--help lists the flags)")
+class Parser(argparse.ArgumentParser):
+    """A parser that raises UserError, where argparse would print the usage from every rank."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the flags)")
 
 
 def parse_args(info: RankInfo | None) -> argparse.Namespace:
     """Read the flags. Wrong ones raise UserError, before a worker or a file is touched."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.error = raise_usage_error  # type: ignore[method-assign]
-    flag = parser.add_argument
-    flag("--epochs", type=int, default=3, help="passes over the data (3)")
-    flag("--batch_size", type=int, default=64, help="images per rank and step (64)")
-    flag("--world_size", type=int, help="processes to start (one per GPU, or 1)")
-    flag("--lr", type=float, help="peak learning rate (follows the global batch)")
-    flag("--seed", type=int, default=0, help="for weights, order and shifts (0)")
-    flag("--data_dir", type=folder, default="data", help="folder of data sets (data)")
-    flag("--checkpoint_dir", type=folder, default="checkpoints", help="(checkpoints)")
-    flag("--save_every", type=int, help="also save every N steps (only after epochs)")
-    flag("--keep", type=int, default=3, help="newest checkpoints to keep (3)")
-    # torch.distributed.launch and deepspeed pass it; the environment has it as well.
-    flag("--local-rank", "--local_rank", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--epochs", type=int, default=3, help="passes over the data (3)"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=64, help="images per rank (64)"
+    )
+    parser.add_argument("--world_size", type=int, help="processes (one per GPU, or 1)")
+    parser.add_argument("--lr", type=float, help="peak rate (follows the global batch)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and order (0)")
+    parser.add_argument("--save_every", type=int, help="save every N steps, too")
+    parser.add_argument("--keep", type=int, default=3, help="checkpoints to keep (3)")
+    parser.add_argument(
+        "--data_dir",
+        type=parse_folder,
+        default=Path("data"),
+        help="where the data are, or are downloaded to (data)",
+    )
+    parser.add_argument(
+        "--checkpoint_dir",
+        type=parse_folder,
+        default=Path("checkpoints"),
+        help="one training per folder (checkpoints)",
+    )
+    # torch.distributed.launch and deepspeed pass it. The environment has it as well.
+    parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)
     args = parser.parse_args()
     del args.local_rank
-    check_numbers(args)
+    check_numbers(parser, args)
     args.world_size = utils.choose_world_size(args.world_size, info)
     return args
 
 
-def check_numbers(args: argparse.Namespace) -> None:
+def check_numbers(parser: Parser, args: argparse.Namespace) -> None:
     """Raise UserError for numbers with which nothing could be trained."""
     for name in "epochs", "batch_size", "world_size", "lr", "save_every", "keep":
         value = getattr(args, name)
         if value is not None and not 0 < value < 100_000:
-            raise_usage_error(f"--{name} must be above 0 and below 100000, not {value}")
-    # Beyond, seed + epoch would be too large for a generator.
+            parser.error(f"--{name} must be above 0 and below 100000, not {value}")
+    # A larger seed would leave no room for the epoch, which is added to it.
     if not 0 <= args.seed < 2**62:
-        raise_usage_error(f"--seed must be from 0 to 2**62 - 1, not {args.seed}")
+        parser.error(f"--seed must be from 0 to 2**62 - 1, not {args.seed}")
 
 
 def run_rank(info: RankInfo, args: argparse.Namespace) -> int:
@@ -589,9 +660,11 @@ def run_rank(info: RankInfo, args: argparse.Namespace) -> int:
     lock = FolderLock(args.checkpoint_dir)
     try:
         return train(args, info, lock)
+    except ReportedElsewhere:
+        return 1
     except UserError as error:
-        # Before the group is destroyed: torchrun may end this rank meanwhile.
-        if str(error) and (not dist.is_initialized() or info.rank == 0):
+        # It is printed before the group is destroyed, as torchrun may end this rank meanwhile.
+        if info.rank == 0 or not dist.is_initialized():
             utils.print_line(f"error: {error}", sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -615,9 +688,10 @@ def main() -> NoReturn:
         if utils.speaks_for_machine():
             utils.print_line(f"error: {error}", sys.stderr)
         sys.exit(2)
-    if info is not None:
+    if info is None:
+        utils.exit_like(utils.launch(run_rank, args, args.world_size))
+    else:
         sys.exit(run_rank(info, args))
-    utils.exit_like(utils.launch(run_rank, args, args.world_size))
 
 
 if __name__ == "__main__":

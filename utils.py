@@ -1,4 +1,4 @@
-"""The process group, on the first two pages; then what survives failures (skip at first)."""
+"""The process group; below it, what makes the program robust (skip that at first)."""
 
 import contextlib
 import ctypes
@@ -35,7 +35,8 @@ class RankInfo(NamedTuple):
     local_rank: its number among the processes on its machine, from 0.
     world_size: the number of all processes.
     local_world_size: the number of processes on its machine.
-    init_method: where they meet: tcp://HOST:PORT, file://PATH, or "" for a single process.
+    init_method: where they meet: tcp://HOST:PORT, file://PATH, or "" for a single process
+        (torch.distributed has the same name for it).
     """
 
     rank: int
@@ -44,26 +45,36 @@ class RankInfo(NamedTuple):
     local_world_size: int
     init_method: str
 
+    @property
+    def is_single_machine(self) -> bool:
+        """Whether all processes run on one machine."""
+        return self.local_world_size == self.world_size
+
 
 def join_process_group(info: RankInfo) -> torch.device:
     """Join the other ranks; return the device on which this rank trains.
 
     From then on, the ranks can call collectives, until each of them calls
     `dist.destroy_process_group`. Raises UserError if a rank does not come within TIMEOUT.
+
+    In a script of your own, `torch.cuda.set_device(local_rank)` and
+    `dist.init_process_group()` are enough under torchrun.
     """
     device = choose_device(info.local_rank)
     has_gpu = device.type == "cuda"
     use_the_cores_well(has_gpu)
-    if info.local_world_size == info.world_size:
+    if info.is_single_machine:
         use_loopback_only()
     dist.init_process_group(
         # gloo connects CPUs, nccl connects NVIDIA GPUs. With a GPU, the group has both: nccl
         # sends tensors, and gloo sends Python objects (see `gather`).
         backend="cpu:gloo,cuda:nccl" if has_gpu else "gloo",
+        # A table of keys and values in which the ranks find one another's addresses.
         store=open_store(info),
         rank=info.rank,
         world_size=info.world_size,
         timeout=TIMEOUT,
+        # It lets nccl connect at once, instead of at the first message.
         device_id=device if has_gpu else None,
     )
     return device
@@ -74,11 +85,13 @@ def choose_device(local_rank: int) -> torch.device:
     gpus = count_gpus()
     if gpus == 0:
         return torch.device("cpu")
-    if local_rank >= gpus:
+    if local_rank > gpus:
+        # The first process without a GPU reports it.
+        raise ReportedElsewhere
+    if local_rank == gpus:
         problem = f"LOCAL_RANK is {local_rank}, but this process sees {gpus} GPU(s)"
         fix = "start one process per GPU, or set CUDA_VISIBLE_DEVICES= to use the CPU"
-        # One process per machine reports it: the first one that has no GPU.
-        raise UserError(f"{problem}: {fix}" if local_rank == gpus else "")
+        raise UserError(f"{problem}: {fix}")
     # Without this line, every rank would put its tensors on GPU 0.
     torch.cuda.set_device(local_rank)
     make_gpus_repeatable()
@@ -96,9 +109,12 @@ def count_gpus() -> int:
 class UserError(Exception):
     """A problem that the program recognised: it gets one line instead of a traceback.
 
-    Once the ranks have joined, it is raised on all of them, and rank 0 prints it. With an
-    empty message, another process on this machine prints it.
+    Once the ranks have joined, it is raised on all of them, and rank 0 prints it.
     """
+
+
+class ReportedElsewhere(UserError):
+    """A problem that another process on this machine reports."""
 
 
 def print0(text: str) -> None:
@@ -108,7 +124,7 @@ def print0(text: str) -> None:
 
 
 def gather(item: Any) -> list[Any]:
-    """Return the `item` of every rank, in the order of ranks, on every rank."""
+    """Wait for all ranks; return the `item` of each of them, in the order of ranks."""
     items: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(items, item)
     return items
@@ -122,28 +138,33 @@ def raise_on_all_ranks() -> Iterator[None]:
     """
     problem = None
     try:
+        # The caller's block runs here.
         yield
     except UserError as error:
         problem = str(error)
-    for text in gather(problem):
-        if text is not None:
-            raise UserError(text)
+    for problem_of_rank in gather(problem):
+        if problem_of_rank is not None:
+            raise UserError(problem_of_rank)
 
 
 def is_first_on_machine() -> bool:
-    """Return whether this is the lowest rank on its machine; wait for all ranks.
+    """Wait for all ranks; return whether this is the lowest rank on its machine.
 
-    LOCAL_RANK cannot tell: with `torchrun --virtual-local-rank` it is 0 in every process.
+    LOCAL_RANK does not show it: with `torchrun --virtual-local-rank` it is always 0.
     """
     name = machine_name()
     return gather(name).index(name) == dist.get_rank()
 
 
 def machine_name() -> str:
-    """Return a name that no other machine has; NCCL puts it together in the same way."""
-    # The host name alone may be "localhost" on all machines.
+    """Return a name that no other machine has."""
+    name = socket.gethostname()
+    # The host name alone may be "localhost" on all machines. Linux also has a number for
+    # each start of a machine.
     boot_id = Path("/proc/sys/kernel/random/boot_id")
-    return socket.gethostname() + (boot_id.read_text() if boot_id.exists() else "")
+    if boot_id.exists():
+        name += boot_id.read_text()
+    return name
 
 
 # ================================================================ surviving failures
@@ -167,10 +188,13 @@ def use_the_cores_well(has_gpu: bool) -> None:
 
 
 def make_gpus_repeatable() -> None:
-    """Make equal runs on a GPU equal to the last bit."""
+    """Have cuDNN and NCCL repeat their results to the last bit.
+
+    Other operations of a model of your own may need torch.use_deterministic_algorithms(True).
+    """
     # Otherwise cuDNN may choose algorithms that add numbers in any order.
     torch.backends.cudnn.deterministic = True
-    # So may the NVLink switch (github.com/NVIDIA/nccl/issues/1497).
+    # Otherwise an NVLink switch may do so (github.com/NVIDIA/nccl/issues/1497).
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 
 
@@ -199,7 +223,7 @@ def open_store(info: RankInfo) -> dist.Store:
         file_store.set_timeout(TIMEOUT)
         return file_store
     store: dist.Store = open_tcp_store(info)
-    if info.local_world_size == info.world_size:
+    if info.is_single_machine:
         # torchrun keeps its store over all restarts: without a prefix of its own, a restarted
         # rank would find the addresses of dead ones. Several machines may count differently
         # (github.com/pytorch/pytorch/issues/135712).
@@ -260,8 +284,9 @@ def wait_until(condition: Callable[[], bool], waiting: Callable[[], str]) -> Non
     while not condition():
         seconds = time.monotonic() - started
         if seconds > TIMEOUT.total_seconds():
-            problem = f"{waiting()}, in vain for {TIMEOUT}"
-            raise UserError(problem if speaks_for_machine() else "")
+            if speaks_for_machine():
+                raise UserError(f"{waiting()}; gave up after {TIMEOUT}")
+            raise ReportedElsewhere
         if seconds > 10 and not reported:
             reported = True
             if speaks_for_machine():
@@ -299,9 +324,15 @@ def first_line(error: Exception) -> str:
 
 # ---------------------------------------------------------------- checkpoint files
 
-# Of the content of a checkpoint: to be raised when that changes.
+# Increase it when the content of a checkpoint changes.
 VERSION = 1
-CHECKPOINT_NAME = f"epoch{'[0-9]' * 5}-image{'[0-9]' * 9}.pt"
+# Files with other names in a checkpoint folder are yours, and left alone.
+CHECKPOINT_PATTERN = f"epoch{'[0-9]' * 5}-image{'[0-9]' * 9}.pt"
+
+
+def checkpoint_name(epoch: int, images_done: int) -> str:
+    """Return the name of a checkpoint file. A later one comes later in the alphabet."""
+    return f"epoch{epoch:05d}-image{images_done:09d}.pt"
 
 
 class FolderLock:
@@ -326,7 +357,8 @@ class FolderLock:
         except OSError as error:
             raise UserError(f"cannot write to the checkpoint folder: {error}")
         try:
-            # Not flock: a forked loader worker would inherit it, and outlive a killed rank.
+            # With flock, a forked loader worker would hold the lock as well, and keep it for
+            # some seconds after its rank was killed.
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.release()
@@ -354,7 +386,7 @@ class FolderLock:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, even if the power fails; raises OSError."""
-    # A fixed name, so that the next save replaces what a killed one has left.
+    # The name is always the same, so that the next save replaces what a killed one has left.
     temporary = path.with_name(".tmp-checkpoint")
     with temporary.open("wb") as file:
         file.write(content)
@@ -372,18 +404,21 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def save_checkpoint(path: Path, state: dict[str, Any], keep: int) -> None:
     """Write a checkpoint, then delete all but the `keep` newest; raises UserError."""
-    checkpoints = sorted(path.parent.glob(CHECKPOINT_NAME))
+    # The newest comes first.
+    checkpoints = sorted(path.parent.glob(CHECKPOINT_PATTERN), reverse=True)
     older = [checkpoint for checkpoint in checkpoints if checkpoint.name < path.name]
     buffer = io.BytesIO()
     torch.save(state, buffer)
     try:
         write_atomically(path, buffer.getvalue())
-        older.reverse()
-        for outdated in older[keep - 1 :]:
-            outdated.unlink(missing_ok=True)
     except OSError as error:
         good = older[0] if older else "none"
         raise UserError(f"cannot save {path}: {error}; last good checkpoint: {good}")
+    for outdated in older[keep - 1 :]:
+        try:
+            outdated.unlink(missing_ok=True)
+        except OSError as error:
+            warn(f"cannot delete {outdated}: {error}")
 
 
 def decode_checkpoint(path: Path, content: bytes) -> dict[str, Any]:
@@ -412,12 +447,14 @@ def newest_checkpoint(folder: Path) -> tuple[str, bytes]:
 
     Raises UserError if there are checkpoints, but none can be loaded.
     """
-    paths = sorted(folder.glob(CHECKPOINT_NAME), reverse=True)
+    paths = sorted(folder.glob(CHECKPOINT_PATTERN), reverse=True)
     for path in paths:
         try:
             content = path.read_bytes()
             decode_checkpoint(path, content)
             return path.name, content
+        except PermissionError as error:
+            raise UserError(f"cannot read {path}: {error}")
         except UserError:
             raise
         except Exception as error:  # noqa: BLE001 (damage can raise anything)
@@ -440,8 +477,9 @@ def stop_signals_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
     """Have stop signals call a handler within the block."""
     previous = {}
     for number in STOP_SIGNALS:
-        # nohup, and a shell's & in a script, have some of them ignored: so they stay.
-        if signal.getsignal(number) != signal.SIG_IGN:
+        # nohup, and & in a script, start programs with some signals ignored. Those stay so.
+        # None stands for a handler that is no Python function, and cannot be put back.
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
             previous[number] = signal.signal(number, handler)
     try:
         yield
@@ -497,9 +535,9 @@ def abort(error: Exception, info: RankInfo) -> NoReturn:
     if info.world_size == 1:
         raise error
     # gloo raises a plain RuntimeError, which only the name of its source file gives away.
-    signs = "/gloo/transport/|ncclRemoteError"
+    lost_rank_pattern = "/gloo/transport/|ncclRemoteError"
     is_lost_rank = isinstance(error, dist.DistNetworkError | dist.DistStoreError)
-    if isinstance(error, RuntimeError) and re.search(signs, str(error)):
+    if isinstance(error, RuntimeError) and re.search(lost_rank_pattern, str(error)):
         is_lost_rank = True
     if is_lost_rank:
         sentence = first_line(error).split(". ")[0]
@@ -538,7 +576,7 @@ OTHER_LAUNCHERS = {
 
 
 def read_rank_info() -> RankInfo | None:
-    """Return what torchrun, or a launcher like it, says about this process; None without one.
+    """Return this process's place as torchrun, or a launcher like it, has set it; else None.
 
     Nothing else in the program reads these variables. Raises UserError if some are missing.
     """
@@ -583,7 +621,7 @@ def torchrun_hosts_the_store() -> bool:
 def speaks_for_machine() -> bool:
     """Return whether this process prints what several on its machine could print.
 
-    Before the ranks have joined, only the launcher's variables can tell.
+    Before the ranks have joined, only the launcher's variables show it.
     """
     if is_started_by_torchrun():
         # Not LOCAL_RANK, which is 0 in every process with --virtual-local-rank.
@@ -605,8 +643,7 @@ def choose_world_size(requested: int | None, info: RankInfo | None) -> int:
         launcher = "torchrun runs" if is_started_by_torchrun() else "WORLD_SIZE is"
         raise UserError(f"--world_size {requested}, but {launcher} {info.world_size}")
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-    several_machines = info.local_world_size < info.world_size
-    if restarts and several_machines and torchrun_hosts_the_store():
+    if restarts and not info.is_single_machine and torchrun_hosts_the_store():
         fix = "--rdzv_backend=c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
         raise UserError(f"--max-restarts on several machines needs {fix}")
     return info.world_size
@@ -615,7 +652,10 @@ def choose_world_size(requested: int | None, info: RankInfo | None) -> int:
 def launch(run_rank: Callable[[RankInfo, Any], int], args: Any, world_size: int) -> int:
     """Call run_rank(info, args) in `world_size` processes of its own; return the exit code."""
     if world_size == 1:
-        return run_rank(RankInfo(0, 0, 1, 1, ""), args)
+        alone = RankInfo(
+            rank=0, local_rank=0, world_size=1, local_world_size=1, init_method=""
+        )
+        return run_rank(alone, args)
     received_signals: list[int] = []
 
     def pass_on(number: int, frame: Any) -> None:
@@ -635,7 +675,7 @@ def launch(run_rank: Callable[[RankInfo, Any], int], args: Any, world_size: int)
         arguments = (run_rank, args, world_size, f"file://{folder}/store")
         context = mp.spawn(run_spawned_rank, arguments, nprocs=world_size, join=False)
         if received_signals:
-            # A process that was not there yet has not been told.
+            # The handler could not reach a process that was not there yet.
             for process in context.processes:
                 process.terminate()
         return wait_for_processes(context, received_signals)
@@ -648,13 +688,14 @@ def wait_for_processes(context: Any, received_signals: list[int]) -> int:
         while not context.join(grace_period=3):
             pass
     except mp.ProcessExitedException as error:
-        polite_codes = [128 + number for number in STOP_SIGNALS]
-        is_polite = error.exit_code in [*polite_codes, -signal.SIGTERM]
-        if received_signals and (is_polite or len(received_signals) > 1):
+        stop_codes = [128 + number for number in STOP_SIGNALS]
+        has_stopped = error.exit_code in [*stop_codes, -signal.SIGTERM]
+        if received_signals and (has_stopped or len(received_signals) > 1):
             return 128 + received_signals[0]
         # With 1, the process has printed its error already.
-        if error.exit_code != 1 and not is_polite:
+        if error.exit_code != 1 and not has_stopped:
             print_line(f"error: {error}; rerun to resume", sys.stderr)
+        # A negative code is that of a signal, for which shells use 128 + its number.
         if error.exit_code < 0:
             return 128 - error.exit_code
         return error.exit_code
@@ -674,8 +715,16 @@ def run_spawned_rank(
     end_with_launcher()
     launcher = mp.parent_process()
     if launcher is not None and not launcher.is_alive():
-        sys.exit(1)  # It died before the line above could have an effect.
-    sys.exit(run_rank(RankInfo(rank, rank, world_size, world_size, init_method), args))
+        # It died before the line above could have an effect.
+        sys.exit(1)
+    info = RankInfo(
+        rank=rank,
+        local_rank=rank,
+        world_size=world_size,
+        local_world_size=world_size,
+        init_method=init_method,
+    )
+    sys.exit(run_rank(info, args))
 
 
 def end_with_launcher() -> None:

@@ -61,7 +61,7 @@ def measure_as_rank(info: utils.RankInfo, args: tuple[Path, bool, int]) -> int:
     data_dir, quick, world_size = args
     blocks = 1 if quick else 10
     steps = 4 if quick else 30
-    utils.join_process_group(info)
+    device = utils.join_process_group(info)
     _, train_set, test_set = data.load_data(data_dir, download=False)
     train_set = first_images(train_set, world_size * BATCH * steps)
     model = train_ddp.ConvNet().to(memory_format=torch.channels_last)
@@ -72,7 +72,8 @@ def measure_as_rank(info: utils.RankInfo, args: tuple[Path, bool, int]) -> int:
     flags.save_every = None
     lock = utils.FolderLock(data_dir)
     progress = train_ddp.Progress()
-    run = train_ddp.Run(flags, "", lock, model, optimizer, progress)
+    size = len(train_set)
+    run = train_ddp.Run(flags, device, "", size, model, optimizer, lock, progress)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     train_ddp.settle_buckets(ddp, test_set)
     arms = create_arms(run, ddp, train_set)
@@ -121,7 +122,7 @@ def create_arms(
 
     def ddp_steps() -> None:
         for images, labels in batches:
-            train_ddp.train_step(ddp, run.optimizer, images, labels)
+            train_ddp.train_step(run, ddp, images, labels)
 
     def bare_steps(meet: Arm = lambda: None) -> None:
         for images, labels in batches:

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -71,9 +72,10 @@ def measure() -> None:
     own_steps = []
     for name, model in ("narrow", narrow), ("wide", wide):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        run = SimpleNamespace(device=torch.device("cpu"), optimizer=optimizer)
         ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
         settle_buckets(ddp, digits)
-        arms[name] = lambda batch, d=ddp, o=optimizer: train_step(d, o, *batch)
+        arms[name] = lambda batch, d=ddp, r=run: train_step(r, d, *batch)
     small, large = torch.zeros(SMALL), torch.zeros(LARGE)
     arms |= {"small": lambda _: dist.all_reduce(small)}
     arms |= {"large": lambda _: dist.all_reduce(large)}
