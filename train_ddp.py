@@ -267,10 +267,9 @@ def set_learning_rate(run: Run, global_batch: int) -> None:
     """
     progress = run.progress
     images_seen = progress.epoch * run.train_size + progress.images_done
-    # In the middle of a step, so that neither the first nor the last step has a rate of 0.
-    fraction_done = (images_seen + global_batch / 2) / (
-        run.args.epochs * run.train_size
-    )
+    # The middle of the step counts, so that neither the first nor the last one has a rate of 0.
+    middle_of_step = images_seen + global_batch / 2
+    fraction_done = middle_of_step / (run.args.epochs * run.train_size)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(fraction_done, run.args.lr)
 

@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items) -> None:
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_ddp.py"
 SAMPLE = ROOT / "tests" / "mnist_sample"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 
 
 def command(*flags: object, torchrun: int = 0, data: bool = True) -> list[str]:
@@ -216,9 +216,12 @@ def fault(at_start: str = "", **code: str) -> dict[str, str]:
     return {"PYTHONPATH": folder, "FAULT": json.dumps({"": at_start, **code})}
 
 
-def fault_in_step(rank: int, code: str, step: int = 6) -> dict[str, str]:
+def fault_in_step(
+    rank: int, code: str, step: int = 6, at_start: str = ""
+) -> dict[str, str]:
     """The environment of a run in which a rank leaves ./fault, and then executes `code`."""
     return fault(
+        at_start,
         model=f"""
 import os, signal, shutil
 forward = ConvNet.forward
@@ -232,7 +235,7 @@ def forward_with_fault(self, images):
     return forward(self, images)
 
 ConvNet.forward = forward_with_fault
-"""
+""",
     )
 
 
@@ -256,6 +259,15 @@ def checksum(folder: Path) -> str:
         tensor = isinstance(leaf, torch.Tensor)
         digest.update(leaf.numpy().tobytes() if tensor else repr(leaf).encode())
     return digest.hexdigest()
+
+
+def copies(tensors) -> list[torch.Tensor]:
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def equal(ours, theirs) -> bool:
+    """Whether equally many tensors are equal to the last bit."""
+    return all(a.equal(b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.fixture

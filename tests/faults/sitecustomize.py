@@ -14,9 +14,10 @@ original_import = builtins.__import__
 
 def import_and_change(name, *args, **kwargs):
     module = original_import(name, *args, **kwargs)
-    if name in FAULT and not hasattr(module, "is_changed"):
+    # Not `name`: that of a relative import is "utils" too, or even "".
+    if module.__name__ in FAULT and not hasattr(module, "is_changed"):
         module.is_changed = True
-        exec(FAULT[name], module.__dict__)
+        exec(FAULT[module.__name__], module.__dict__)
     return module
 
 
