@@ -298,17 +298,16 @@ def wait_until(condition: Callable[[], bool], waiting: Callable[[], str]) -> Non
 
 
 def print_line(text: str, stream: TextIO) -> None:
-    """Print a line. A stream that fails is given up, as output must never cost a training."""
+    """Print a line, if the stream still works: output must never cost a training.
+
+    Its reader may have ended (`| head`, or `| tee` after Ctrl-C), the terminal may be closed,
+    the disk full.
+    """
     # A name of a folder may have letters that the stream does not know.
     encoding = getattr(stream, "encoding", None) or "utf-8"
     printable = text.encode(encoding, errors="backslashreplace").decode(encoding)
-    try:
+    with contextlib.suppress(OSError):
         print(printable, file=stream, flush=True)
-    except OSError:
-        # The reader has ended (`| head`), the terminal is closed, or the disk is full. What
-        # is in Python's buffer would fail once more at the end, and spoil the exit code.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def warn(text: str) -> None:

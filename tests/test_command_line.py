@@ -63,6 +63,8 @@ def parse(monkeypatch):
 def refused(monkeypatch, capsys, tmp_path):
     """Run main, which must end with 2 and touch no file; return the line it prints."""
     monkeypatch.chdir(tmp_path)
+    trains = "the command line was accepted"
+    monkeypatch.setattr(train_ddp, "run_rank", lambda *_: pytest.fail(trains))
 
     def run_main(*flags: str) -> str:
         monkeypatch.setattr(sys, "argv", ["train_ddp.py", *flags])
@@ -514,12 +516,15 @@ def test_a_second_run_in_one_python_process_is_as_good_as_the_first(tmp_path):
 
 def test_in_a_notebook_a_stop_does_not_end_the_interpreter(monkeypatch):
     monkeypatch.setattr(sys, "ps1", "In [1]: ", raising=False)
+    monkeypatch.setattr(signal, "raise_signal", lambda _: pytest.fail("it ends"))
     with pytest.raises(SystemExit) as caught:
         utils.exit_like(128 + signal.SIGTERM)
     assert caught.value.code == 128 + signal.SIGTERM
 
 
-def load_without_fcntl(_: int, folder: Path) -> None:
+def load_without_fcntl(_: int) -> None:
+    for name in "data", "model", "utils":
+        sys.modules.pop(name, None)
     sys.modules["fcntl"] = None
     import data
     import model
@@ -528,10 +533,8 @@ def load_without_fcntl(_: int, folder: Path) -> None:
     model.ConvNet()
 
 
-def test_on_windows_the_program_refuses_but_its_modules_work(
-    monkeypatch, refused, tmp_path
-):
+def test_on_windows_the_program_refuses_but_its_modules_work(monkeypatch, refused):
     """A model that was trained elsewhere can be used there."""
     monkeypatch.setattr(train_ddp, "os", SimpleNamespace(name="nt"))
     assert "Windows" in refused()
-    in_child(load_without_fcntl, tmp_path)
+    in_child(load_without_fcntl)

@@ -600,7 +600,8 @@ def test_a_second_run_in_the_folder_refuses_and_the_first_trains_on(fork, tmp_pa
     wait_for_progress(first, folder)
     second = fork(*LONG)
     assert second.wait() == 1
-    assert "another run uses checkpoints" in error_line(second.output())
+    error = "error: another run uses checkpoints: choose another --checkpoint_dir\n"
+    assert second.output() == error  # and nothing else: it has not begun to train
     wait_for_progress(first, folder)
     first.kill()  # the lock is gone with its holder: no file to delete by hand
     lock = utils.FolderLock(folder)
