@@ -16,8 +16,10 @@ from pathlib import Path
 # Before torch is imported: the tests are about processes on a CPU, with one thread each.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.pop("OMP_NUM_THREADS", None)
-# A suite in the background has an ignored Ctrl-C, which the programs under test would inherit.
+# A suite in the background ignores Ctrl-C, and under nohup a closed terminal. The programs under
+# test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 import torch
