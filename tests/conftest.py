@@ -1,5 +1,6 @@
 """What the tests share: the program as real processes, and the checksum of what it learned."""
 
+import ctypes
 import hashlib
 import json
 import os
@@ -132,6 +133,8 @@ class Forked(Started):
 
 def _run_program(flags: list[str], cwd: Path, log: Path, env: dict[str, str]) -> None:
     os.setsid()
+    # If the suite is killed, the program must not train on for ever.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, see prctl(2)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
