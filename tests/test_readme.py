@@ -277,6 +277,9 @@ def test_your_own_data_set(picture_clone):
     assert len(re.findall("\nepoch ", output)) == 10
     record = newest(picture_clone / "runs" / "pictures")["progress"]["history"][-1]
     assert record["test_accuracy"] > 0.9
+    [snippet] = marked("picture", "python")
+    printed = shell(f"python - <<'END'\n{snippet}END", picture_clone)
+    assert re.fullmatch(r"predicted \w+ true blue\n", printed)
     flags = "--data_dir", "pictures", "--epochs", 1, "--batch_size", 8
     train_twice(picture_clone, *flags, "--save_every", 2, "--keep", 9)
 
