@@ -21,7 +21,6 @@ from conftest import (
     command,
     fault,
     hand_set,
-    in_ranks,
     newest,
 )
 
@@ -323,22 +322,6 @@ def test_a_rank_has_one_thread_unless_the_user_sets_another_number(
         setenv(OMP_NUM_THREADS=threads)
     utils.use_the_cores_well(has_gpu=True)
     assert chosen == ([] if threads else [1])
-
-
-def scheduling_policies() -> list[int]:
-    """The scheduling policies of the threads of gloo."""
-    tasks = [*Path("/proc/self/task").iterdir()]
-    named = [task for task in tasks if "gloo" in (task / "comm").read_text()]
-    if not named:  # as with torch 2.10: those that started last
-        named = sorted(tasks, key=lambda task: int(task.name))[-2:]
-    return [os.sched_getscheduler(int(task.name)) for task in named]
-
-
-@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="only Linux has it")
-def test_the_threads_of_gloo_are_scheduled_as_batch_jobs():
-    """Otherwise they preempt each other: two ranks lose a third of their speed."""
-    for policies in in_ranks(2, scheduling_policies):
-        assert policies and {*policies} == {os.SCHED_BATCH}
 
 
 # Whole runs
