@@ -13,7 +13,7 @@ class ConvNet(nn.Module):
 
     It has no batch norm on purpose. The statistics of a batch norm would be those of one
     rank's batch, so that N ranks x B images would no longer compute what one rank x N*B images
-    computes. Use nn.GroupNorm, or convert the model with nn.SyncBatchNorm on GPUs.
+    computes. Use nn.GroupNorm instead; or, on GPUs, nn.SyncBatchNorm.convert_sync_batchnorm.
 
     Nor has it dropout. All ranks are seeded alike, and would drop the same units; and a
     resumed training would repeat the masks of its start.
@@ -24,10 +24,10 @@ class ConvNet(nn.Module):
         self.layers = nn.Sequential(
             nn.Conv2d(1, 16, kernel_size=5, stride=2),  # 28x28 -> 12x12
             nn.ReLU(),
-            nn.Conv2d(16, 32, kernel_size=3),  # 12x12 -> 10x10
+            nn.Conv2d(16, 24, kernel_size=3),  # 12x12 -> 10x10
             nn.MaxPool2d(2),  # 10x10 -> 5x5
             nn.ReLU(),
-            nn.Conv2d(32, 96, kernel_size=3),  # 5x5 -> 3x3
+            nn.Conv2d(24, 96, kernel_size=3),  # 5x5 -> 3x3
             nn.ReLU(),
             nn.Flatten(),
             nn.Linear(96 * 3 * 3, 10),
