@@ -25,7 +25,8 @@ from utils import UserError, first_line, ignore_stop_signals, warn
 DATASET = "MNIST"
 # The number of pixels by which training moves an image, in each direction.
 MAX_SHIFT = 1
-# The number of processes per rank that load data. With 0, the rank loads them itself.
+# The number of processes per rank that load data. With 0, the rank loads them itself, which is
+# enough for data in memory. If each item is read from a file, try 4.
 LOADER_WORKERS = 0
 
 # Anything with __len__ and __getitem__; torch's own type Dataset does not promise __len__.
@@ -37,14 +38,24 @@ def load_data(data_dir: Path, download: bool) -> tuple[str, SizedDataset, SizedD
 
     Replace this function to train on data of your own, for example on folders of pictures:
 
+        transform = Compose([Resize((64, 64)), ToTensor()])
         train_set = ImageFolder(data_dir / "train", transform)
         test_set = ImageFolder(data_dir / "test", transform)
         return "my pictures", train_set, test_set
 
-    An item is a pair of an image and the number of its class. If items change at random, the
-    training set needs a `set_epoch`, as `Digits` has. If you split one data set in two, use
-    the same seed on all ranks. The name can be any text; a checkpoint is only resumed with
-    data of the same name.
+    An item is a pair of an image and the number of its class. Here an image is a float32
+    tensor [3, 64, 64]: replace ConvNet by a network that takes batches of these. The name can
+    be any text; a checkpoint is only resumed with data of the same name.
+
+    If items change at random, the training set needs a `set_epoch`, as `Digits` has. For the
+    random transforms of torchvision, let it keep seed and epoch, and write in `__getitem__`:
+
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed((self.seed + self.epoch) * len(self) + index)
+            return super().__getitem__(index)
+
+    If you split one data set in two, use the same seed on all ranks. A Subset has no
+    `set_epoch`: split the files or the tensors, and make a data set of each part.
 
     `download` is True on the first rank of each machine. Meanwhile the others wait, TIMEOUT in
     utils.py at most, and then call this function with False.
@@ -54,6 +65,8 @@ def load_data(data_dir: Path, download: bool) -> tuple[str, SizedDataset, SizedD
     root = data_dir if has_all_files(data_dir) else SAMPLE_DIR
     train_images, train_labels = read(root, train=True)
     test_images, test_labels = read(root, train=False)
+    # With the digest in the name, a machine that has other data is noticed, and a checkpoint of
+    # a training with other data as well.
     digest = hashlib.sha256()
     for tensor in train_images, train_labels, test_images, test_labels:
         digest.update(tensor.numpy().tobytes())
@@ -106,6 +119,9 @@ class ResumableSampler(DistributedSampler):
     start + r + world_size, and so on. The last items, fewer than world_size, go unused, since
     all shares must be equally large: a rank with one batch more would wait for the gradients
     of the others for ever. DistributedSampler repeats some items instead.
+
+    A script that never resumes in mid-epoch can use DistributedSampler itself. Of that, only
+    seed, epoch, rank and num_replicas (the world size) are used here.
     """
 
     def __init__(
@@ -141,10 +157,9 @@ def make_loader(
     dataset: SizedDataset, batch_size: int, sampler: Sampler | None = None
 ) -> DataLoader:
     """Return a DataLoader whose worker processes, if any, leave stop signals to their rank."""
-    # New workers are started for each epoch. With "fork", a worker begins as a copy of this
-    # process, which is fast. With "spawn", the default in a spawned rank, each would import
-    # torch again. persistent_workers would keep the workers, but also their copy of the data
-    # set: they would never see what `set_epoch` changes.
+    # New workers are started for each epoch: persistent_workers would keep their copy of the
+    # data set, which never sees what `set_epoch` changes. With "fork", a worker starts as a
+    # copy of its rank; otherwise, in a spawned rank, each would import torch again.
     forks = LOADER_WORKERS > 0 and sys.platform == "linux"
     return DataLoader(
         dataset,

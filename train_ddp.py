@@ -54,7 +54,7 @@ LABEL_SMOOTHING = 0.1
 # During this fraction of the training the learning rate rises; then it falls.
 WARM_UP = 0.2
 # Every so many steps the ranks add up their losses, and find out whether one of them was asked
-# to stop. torchrun gives them 30 s to do so, and to save.
+# to stop. torchrun kills them 30 s after it has asked: these steps and a save must fit into that.
 SYNC_EVERY = 10
 # Every so many steps the loss is printed.
 LOG_EVERY = 200
@@ -144,15 +144,16 @@ def train_epochs(run: Run, train_set: SizedDataset, test_set: SizedDataset) -> i
     args = run.args
     progress = run.progress
     # 4. Wrap the model. From here on, each backward pass also averages the gradients over the
-    # ranks, so that all take the same step and their weights stay equal. (The view saves the
-    # memory of a second copy of the gradients.)
+    # ranks, so that all take the same step and their weights stay equal.
+    # (gradient_as_bucket_view saves the memory of a second copy of the gradients.)
     ddp = DistributedDataParallel(run.model, gradient_as_bucket_view=True)
-    # This makes a resumed training equal to an uninterrupted one, to the last bit.
+    # Only needed so that a resumed training equals an uninterrupted one to the last bit.
     settle_buckets(ddp, test_set)
     sampler = ResumableSampler(train_set, seed=args.seed)
     loader = make_loader(train_set, args.batch_size, sampler)
 
-    # 5. Train epoch by epoch. A stop signal, such as Ctrl-C, only enters a list.
+    # 5. Train epoch by epoch. A stop signal, such as Ctrl-C, does not end the process here: it
+    # is only added to a list.
     with utils.catch_stop_signals() as received_signals:
         while progress.epoch < args.epochs:
             # Without set_epoch, each epoch would repeat the order of the first.
@@ -163,6 +164,7 @@ def train_epochs(run: Run, train_set: SizedDataset, test_set: SizedDataset) -> i
             started = time.perf_counter()
             images_before = progress.images_done
             if not train_epoch(run, ddp, loader, received_signals):
+                # Rank 0 writes the model (not `ddp`) to a file; the others wait for that.
                 path = save(run)
                 print0(f"stopped; {path} has all progress: rerun to resume")
                 return utils.code_of_stop(received_signals)
@@ -186,7 +188,7 @@ def train_epoch(
     loader: DataLoader,
     received_signals: list[int],
 ) -> bool:
-    """Train to the end of the epoch. Return False if a rank was asked to stop before that.
+    """Train to the end of the epoch. Return False, maybe earlier, if a rank was asked to stop.
 
     All ranks return after the same step: a rank that trained on alone would wait for the
     others for ever. Raises UserError on all ranks if the sum of their losses is not finite.
@@ -209,6 +211,7 @@ def train_epoch(
         is_logging = progress.step % LOG_EVERY == 0
         # The sampler leaves out the last images, if they are too few for all ranks.
         is_last = run.train_size - progress.images_done < args.world_size
+        # Before saving or printing, the losses of all ranks up to this step are needed.
         if is_saving or is_logging or is_last or progress.step % SYNC_EVERY == 0:
             must_stop = add_up_losses_and_signals(progress, losses, received_signals)
             losses.clear()
@@ -247,8 +250,8 @@ def add_up_losses_and_signals(
     report its own. The same message carries the stop signals, as one message is cheaper than
     two, and so that all ranks learn of a signal after the same step.
     """
-    # In float64 the sum of some thousand such float32 numbers is exact. So a run that saves
-    # more often, and so adds up after other steps, reports the same losses.
+    # float64 has 29 bits more than float32, so that this sum of a few thousand numbers is not
+    # rounded. Then it does not matter after which steps the losses are added up.
     own_loss = torch.stack(losses).sum(dtype=torch.float64)
     signal_count = own_loss.new_tensor(len(received_signals))
     sums = torch.stack([own_loss, signal_count])
@@ -284,8 +287,8 @@ def learning_rate(fraction_done: float, peak: float) -> float:
 @torch.inference_mode()
 def evaluate(run: Run, test_set: SizedDataset) -> dict[str, float]:
     """Wait for all ranks; return test_loss (not smoothed) and test_accuracy of the test set."""
-    # The model itself, not `ddp`: a forward pass of that can send messages, for which a rank
-    # with one batch more would wait.
+    # The model itself, not `ddp`, whose forward pass can send messages (the statistics of a
+    # batch norm). A rank with one batch more than the others would wait for these for ever.
     model = run.model
     model.eval()
     # Each image is used once. A DistributedSampler would repeat images until the ranks' shares
@@ -452,6 +455,7 @@ def resume(run: Run) -> Path | None:
     newest = max(names)
     if not newest:
         return None
+    # The rank that has the newest checkpoint sends it to all, in a list of one item.
     contents = [content]
     dist.broadcast_object_list(contents, src=names.index(newest))
     path = folder / newest
@@ -672,6 +676,7 @@ def run_rank(info: RankInfo, args: argparse.Namespace) -> int:
         utils.abort(error, info)
     finally:
         lock.release()
+        # After a UserError, `train` has not reached its last step.
         if dist.is_initialized():
             dist.destroy_process_group()
 

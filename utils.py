@@ -57,8 +57,11 @@ def join_process_group(info: RankInfo) -> torch.device:
     From then on, the ranks can call collectives, until each of them calls
     `dist.destroy_process_group`. Raises UserError if a rank does not come within TIMEOUT.
 
-    In a script of your own, `torch.cuda.set_device(local_rank)` and
-    `dist.init_process_group()` are enough under torchrun.
+    In a script of your own, these lines are enough under torchrun, which sets the variable:
+
+        local_rank = int(os.environ["LOCAL_RANK"])
+        torch.cuda.set_device(local_rank)
+        dist.init_process_group("nccl")
     """
     device = choose_device(info.local_rank)
     has_gpu = device.type == "cuda"
@@ -85,8 +88,8 @@ def choose_device(local_rank: int) -> torch.device:
     gpus = count_gpus()
     if gpus == 0:
         return torch.device("cpu")
+    # With too few GPUs, the first process that has none reports it, the others end silently.
     if local_rank > gpus:
-        # The first process without a GPU reports it.
         raise ReportedElsewhere
     if local_rank == gpus:
         problem = f"LOCAL_RANK is {local_rank}, but this process sees {gpus} GPU(s)"
@@ -134,7 +137,8 @@ def gather(item: Any) -> list[Any]:
 def raise_on_all_ranks() -> Iterator[None]:
     """Wait for all ranks at the end of the block, and raise a UserError of one on all.
 
-    A rank that gave up alone would leave the others waiting in their next collective.
+    A rank that gave up alone would leave the others waiting in their next collective. Any
+    other exception ends this rank with a traceback; the others then lose the connection to it.
     """
     problem = None
     try:
@@ -212,6 +216,9 @@ def use_loopback_only() -> None:
 
 def open_store(info: RankInfo) -> dist.Store:
     """Return the key-value store in which the ranks leave their addresses for one another.
+
+    `dist.init_process_group` can open one by itself. This one also tells for which rank it
+    waits, can be interrupted with Ctrl-C meanwhile, and survives restarts by torchrun.
 
     Raises UserError if a rank does not come within TIMEOUT.
     """
@@ -357,7 +364,8 @@ class FolderLock:
             raise UserError(f"cannot write to the checkpoint folder: {error}")
         try:
             # With flock, a forked loader worker would hold the lock as well, and keep it for
-            # some seconds after its rank was killed.
+            # some seconds after its rank was killed. (While data.py holds its lock, no such
+            # worker is started.)
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.release()
@@ -500,6 +508,7 @@ def let_interrupts_end_set_up() -> None:
 def catch_stop_signals() -> Iterator[list[int]]:
     """Provide a list, to which the stop signals that arrive within the block are added."""
     received_signals: list[int] = []
+    # What Ctrl-C did before this block.
     interrupt_handler = signal.getsignal(signal.SIGINT)
 
     def receive(number: int, frame: Any) -> None:
@@ -687,6 +696,7 @@ def wait_for_processes(context: Any, received_signals: list[int]) -> int:
         while not context.join(grace_period=3):
             pass
     except mp.ProcessExitedException as error:
+        # It was stopped by a signal, or has failed, or was killed.
         stop_codes = [128 + number for number in STOP_SIGNALS]
         has_stopped = error.exit_code in [*stop_codes, -signal.SIGTERM]
         if received_signals and (has_stopped or len(received_signals) > 1):
