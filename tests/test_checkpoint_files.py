@@ -1,10 +1,10 @@
 """Checkpoint files and the lock of their folder: functions only, no runs."""
 
 import errno
-import fcntl
 import io
 import os
 import pickle
+import re
 import shutil
 import signal
 from argparse import Namespace
@@ -13,7 +13,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import alive, checkpoints, equal, in_ranks, newest, wait_until
+import torch.distributed as dist
+from conftest import checkpoints, copies, equal, in_ranks, newest, wait_until
 
 import train_ddp
 import utils
@@ -21,6 +22,7 @@ from model import ConvNet
 from utils import FolderLock, UserError, newest_checkpoint, save_checkpoint
 
 FLAGS = {"seed": 0, "epochs": 2, "batch_size": 64, "world_size": 2, "lr": 0.01}
+NEXT = "epoch00001-image000000000.pt"
 
 
 def some_run(folder: Path) -> train_ddp.Run:
@@ -56,35 +58,14 @@ def folder(state, tmp_path) -> Path:
     return tmp_path
 
 
-NEXT = "epoch00001-image000000000.pt"
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in checkpoints(folder)}
-
-
 # What is loaded
-
-
-def test_a_checkpoint_holds_all_that_is_needed_under_plain_names(state, folder):
-    saved = newest(folder)
-    assert saved["version"] == utils.VERSION
-    assert saved["args"] == FLAGS
-    assert (saved["data"], saved["optimizer_class"]) == ("some data", "AdamW")
-    assert train_ddp.Progress(**saved["progress"]).loss_sum == 2.5
-    assert {int(moments["step"]) for moments in saved["optimizer"]["state"].values()}
-    assert not any(name.startswith("module.") for name in saved["model"])
-    ConvNet().load_state_dict(saved["model"])
 
 
 class Payload:
     """Unpickled, it creates a file."""
 
-    def __init__(self, victim: Path) -> None:
-        self.victim = victim
-
     def __reduce__(self):
-        return Path.touch, (self.victim,)
+        return Path.touch, (Path("executed"),)
 
 
 def saved(item) -> bytes:
@@ -94,57 +75,41 @@ def saved(item) -> bytes:
     return buffer.getvalue()
 
 
-def with_flipped_bit(content: bytes) -> bytes:
-    """Flip a bit in the weights, where torch.load does not see it."""
-    weights = torch.load(io.BytesIO(content), weights_only=True)["model"]
-    flipped = bytearray(content)
-    flipped[content.index(weights["layers.8.weight"].numpy().tobytes())] ^= 0x40
-    changed = torch.load(io.BytesIO(flipped), weights_only=True)["model"]
-    assert not equal(changed.values(), weights.values())
-    return bytes(flipped)
-
-
 DAMAGES = {
-    "empty": lambda content, victim: b"",
-    "cut": lambda content, victim: content[:-1],
-    "half": lambda content, victim: content[: len(content) // 2],
-    "zeroed": lambda content, victim: bytes(len(content)),
-    "flipped": lambda content, victim: with_flipped_bit(content),
-    "text": lambda content, victim: b"not a checkpoint",
-    "pickle with code": lambda content, victim: pickle.dumps(Payload(victim)),
-    "zip with code": lambda content, victim: saved({"model": Payload(victim)}),
-    "foreign": lambda content, victim: saved({"weights": torch.zeros(3)}),
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "zeroed": lambda content: bytes(len(content)),
+    "pickle with code": lambda content: pickle.dumps(Payload()),
+    "zip with code": lambda content: saved({"model": Payload()}),
+    "foreign": lambda content: saved({"weights": torch.zeros(3)}),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_loaded(
-    damage, folder, capfd
+    damage, folder, monkeypatch, capfd
 ):
-    """Code in it is not executed. With all of them damaged, nothing is overwritten."""
-    victim = folder / "executed"
+    """Code in it is not executed. With all of them damaged, training does not begin anew."""
+    monkeypatch.chdir(folder)
     sound, path = checkpoints(folder)
     content = sound.read_bytes()
-    path.write_bytes(DAMAGES[damage](content, victim))
+    path.write_bytes(DAMAGES[damage](content))
     assert newest_checkpoint(folder) == (sound.name, content)
     warning = capfd.readouterr().err
     assert warning.startswith(f"warning: {path} is damaged")
     assert warning.count("\n") == 1
 
     sound.write_bytes(path.read_bytes())
-    before = snapshot(folder)
     with pytest.raises(UserError, match=f"no checkpoint in {folder} can be loaded"):
         newest_checkpoint(folder)
-    assert snapshot(folder) == before
-    assert not victim.exists()
+    assert not Path("executed").exists()
 
 
-def test_a_flipped_bit_anywhere_is_detected_or_harmless(state, tmp_path):
+def test_a_flipped_bit_anywhere_is_detected_or_harmless(tmp_path):
     """Flips a bit in each byte of a file, and never gets other content out of it."""
     path = tmp_path / "small.pt"
     small = {"version": utils.VERSION, "model": torch.arange(6.0), "args": FLAGS}
-    torch.save(small, path)
-    sound = path.read_bytes()
+    sound = saved(small)
     detected = 0
     for position in range(len(sound)):
         content = bytearray(sound)
@@ -158,21 +123,21 @@ def test_a_flipped_bit_anywhere_is_detected_or_harmless(state, tmp_path):
     assert detected > len(sound) / 4
 
 
-@pytest.mark.parametrize("version", [None, utils.VERSION + 1])
-def test_a_checkpoint_of_another_version_is_refused_not_passed_over(
-    state, folder, version
-):
-    """Its training would be taken up from an older point, or overwritten."""
-    changed = dict(state)
-    del changed["version"]
-    if version is not None:
-        changed["version"] = version
-    torch.save(changed, checkpoints(folder)[-1])
-    before = snapshot(folder)
-    with pytest.raises(UserError, match="another version.*--checkpoint_dir") as caught:
+def test_a_checkpoint_that_is_not_damaged_is_refused_not_passed_over(state, folder):
+    """Otherwise the training would be taken up from an older point."""
+    path = checkpoints(folder)[-1]
+    unversioned = dict(state)
+    del unversioned["version"]
+    for changed in unversioned, state | {"version": utils.VERSION + 1}:
+        torch.save(changed, path)
+        problem = f"{path} was written by another version.*--checkpoint_dir"
+        with pytest.raises(UserError, match=problem):
+            newest_checkpoint(folder)
+    with (
+        patch.object(Path, "read_bytes", side_effect=PermissionError("denied")),
+        pytest.raises(UserError, match=f"cannot read {path}"),
+    ):
         newest_checkpoint(folder)
-    assert str(checkpoints(folder)[-1]) in str(caught.value)
-    assert snapshot(folder) == before
 
 
 def test_a_checkpoint_of_a_gpu_is_loaded_without_one(state, tmp_path):
@@ -188,78 +153,128 @@ def test_a_checkpoint_of_a_gpu_is_loaded_without_one(state, tmp_path):
     assert equal(loaded["model"].values(), state["model"].values())
 
 
-def test_files_with_other_names_are_neither_loaded_nor_deleted(state, folder):
-    """They are the user's own: here sound checkpoints that would sort behind the newest."""
-    *_, last = checkpoints(folder)
-    names = "epoch_best.pt", "epoch00009-copy.pt", "epoch00009-image000000000.pt.bak"
-    own = [Path(shutil.copy(last, folder / name)) for name in names]
-    assert newest_checkpoint(folder)[0] == last.name
-    save_checkpoint(folder / NEXT, state, keep=1)
-    assert set(folder.glob("epoch*")) == {folder / NEXT, *own}
+# Which training resumes
+
+
+def resume_all(paths: list[Path]) -> list[str]:
+    messages = []
+    for path in paths:
+        with pytest.raises(UserError) as caught:
+            train_ddp.resume(some_run(path.parent))
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_a_checkpoint_of_another_kind_of_training_is_refused(state, tmp_path):
+    """On all ranks, in one line that names both sides and the fix."""
+    weights = state["model"]
+    groups = [{"params": [weight.clone()]} for weight in weights.values()]
+    wider = weights | {"layers.0.weight": torch.zeros(20, 1, 5, 5)}
+    others = {
+        "has seed 5, this run has 0": {"args": FLAGS | {"seed": 5}},
+        "has data others, this run has some data": {"data": "others"},
+        "has optimizer SGD, this run has AdamW": {"optimizer_class": "SGD"},
+        "does not fit: .*mismatch for layers.0.weight.*": {"model": wider},
+        "does not fit: .*parameter group.*": {
+            "optimizer": torch.optim.AdamW(groups).state_dict()
+        },
+        "does not fit: .*argument 'minutes'.*": {"progress": {"minutes": 5}},
+    }
+    paths = [tmp_path / str(number) / NEXT for number in range(len(others))]
+    for path, change in zip(paths, others.values(), strict=True):
+        path.parent.mkdir()
+        torch.save(state | change, path)
+    first, second = in_ranks(2, resume_all, paths)
+    assert first == second
+    for path, pattern, message in zip(paths, others, first, strict=True):
+        assert re.fullmatch(f"{path} {pattern}: choose another --check.*", message)
+
+
+def resume_on_two_machines(path: Path, folders: Path) -> None:
+    """Resume twice, where the newer checkpoint is on the one machine, then on the other."""
+    rank = dist.get_rank()
+    state = newest(path.parent)
+    for finder in 0, 1:
+        torch.manual_seed(rank)  # Other weights than those in the file.
+        run = some_run(folders / f"{finder} {rank}")
+        run.args.checkpoint_dir.mkdir()
+        if rank == finder:
+            shutil.copy(path, run.args.checkpoint_dir)
+        else:
+            older = run.args.checkpoint_dir / "epoch00000-image000000064.pt"
+            save_checkpoint(older, train_ddp.checkpoint_of(run), keep=1)
+        run.progress = train_ddp.Progress()
+        run.optimizer.param_groups[0]["betas"] = (0.5, 0.6)
+        with patch("utils.machine_name", lambda: f"machine {rank}"):
+            assert train_ddp.resume(run).name == path.name
+        assert equal(copies(run.model.parameters()), state["model"].values())
+        assert run.progress == train_ddp.Progress(**state["progress"])
+        moments = run.optimizer.state_dict()["state"][1]
+        assert moments["exp_avg"].equal(state["optimizer"]["state"][1]["exp_avg"])
+        assert run.optimizer.param_groups[0]["betas"] == (0.5, 0.6)
+
+
+def test_all_ranks_resume_from_the_newest_checkpoint_that_any_machine_has(
+    folder, tmp_path_factory
+):
+    """The optimizer's state is that of the file, its hyper-parameters those of the code."""
+    path = checkpoints(folder)[-1]
+    in_ranks(2, resume_on_two_machines, path, tmp_path_factory.mktemp("machines"))
 
 
 # What is saved
 
 
-def test_the_newest_are_kept(state, tmp_path):
+def test_the_newest_are_kept_and_so_are_files_with_other_names(state, folder, capfd):
     """A later one, which a run with another plan may have left, does not count as old."""
-    for epoch in 9, 1, 2, 3, 4:
-        path = tmp_path / f"epoch{epoch:05d}-image000000000.pt"
+    names = "epoch_best.pt", "epoch00000-copy.pt", "epoch00009-image000000000.pt.bak"
+    own = [shutil.copy(checkpoints(folder)[0], folder / name) for name in names]
+    for epoch in 9, 1, 2, 3:
+        path = folder / f"epoch{epoch:05d}-image000000000.pt"
         save_checkpoint(path, state, keep=2)
-    assert [path.name[:10] for path in checkpoints(tmp_path)] == [
-        "epoch00003",
-        "epoch00004",
-        "epoch00009",
-    ]
+    kept = [folder / f"epoch{epoch:05d}-image000000000.pt" for epoch in (2, 3, 9)]
+    assert {*folder.glob("epoch*")} == {*kept, *own}
+    assert newest_checkpoint(folder)[0] == kept[-1].name
+
+    with patch.object(Path, "unlink", side_effect=PermissionError("denied")):
+        save_checkpoint(folder / "epoch00004-image000000000.pt", state, keep=2)
+    warning = f"warning: cannot delete {kept[0]}: denied\n"
+    assert capfd.readouterr().err == warning
 
 
-@pytest.mark.parametrize("directories_can_be_flushed", [True, False])
-def test_a_new_checkpoint_is_on_the_disk_before_older_ones_are_deleted(
-    state, folder, monkeypatch, directories_can_be_flushed
-):
-    """Content, then name, then directory, then deletions: a power cut in between costs nothing."""
+def test_a_new_checkpoint_is_on_the_disk_before_older_ones_are_deleted(state, folder):
+    """Content, then name, then directory, then deletions: a power cut in between costs nothing.
+
+    Here the directory cannot be flushed, as on some network file systems.
+    """
     path = folder / NEXT
-    first, second = checkpoints(folder)
-    events = []
-    sizes = []
+    older = {path.name for path in checkpoints(folder)}
+    flushed = []
 
-    def record(function: str) -> None:
-        real = getattr(os, function)
+    def fsync(file: int) -> None:
+        names = {path.name for path in folder.iterdir()}
+        if os.path.samestat(os.fstat(file), folder.stat()):
+            flushed.append(("folder", names))
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        flushed.append((os.fstat(file).st_size, names))
 
-        def recorder(item, *args, **kwargs):
-            name = args[0] if args else item
-            if isinstance(item, int):
-                name = os.readlink(f"/proc/self/fd/{item}")
-                sizes.append(os.fstat(item).st_size)
-            events.append((function, Path(name).name))
-            if name == str(folder) and not directories_can_be_flushed:
-                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-            return real(item, *args, **kwargs)
-
-        monkeypatch.setattr(os, function, recorder)
-
-    for function in "fsync", "replace", "unlink":
-        record(function)
-    descriptors = os.listdir("/proc/self/fd")
-    save_checkpoint(path, state, keep=1)
-    assert events == [
-        ("fsync", ".tmp-checkpoint"),
-        ("replace", path.name),
-        ("fsync", folder.name),
-        ("unlink", second.name),
-        ("unlink", first.name),
+    descriptors = os.listdir("/dev/fd")
+    with patch("os.fsync", fsync):
+        save_checkpoint(path, state, keep=1)
+        # Python keeps a small file in its buffer until that is flushed.
+        utils.write_atomically(folder / "small", b"flushed too")
+    assert flushed == [
+        (path.stat().st_size, {*older, ".tmp-checkpoint"}),
+        ("folder", {*older, NEXT}),
+        (len("flushed too"), {NEXT, ".tmp-checkpoint"}),
+        ("folder", {NEXT, "small"}),
     ]
-    assert sizes[0] == path.stat().st_size
-    assert checkpoints(folder) == [path]
-    # Python keeps a small file in its buffer until that is flushed.
-    utils.write_atomically(folder / "small", b"flushed too")
-    assert sizes[2] == len("flushed too")
-    assert os.listdir("/proc/self/fd") == descriptors
+    assert os.listdir("/dev/fd") == descriptors
 
 
 def test_a_failed_save_leaves_the_others_whole_and_names_the_good_one(state, folder):
     """What a failed or killed save has left is not loaded, and replaced by the next."""
-    before = snapshot(folder)
+    before = {path: path.read_bytes() for path in checkpoints(folder)}
 
     def fsync(file: int) -> None:
         os.truncate(file, 1000)
@@ -272,37 +287,18 @@ def test_a_failed_save_leaves_the_others_whole_and_names_the_good_one(state, fol
         save_checkpoint(folder / NEXT, state, keep=1)
     good = checkpoints(folder)[-1]
     assert str(caught.value).endswith(f"last good checkpoint: {good}")
-    assert snapshot(folder) == before
-    assert newest_checkpoint(folder)[0] == good.name
+    assert {path: path.read_bytes() for path in checkpoints(folder)} == before
     save_checkpoint(folder / NEXT, state, keep=1)
     assert {path.name for path in folder.iterdir()} == {NEXT}
-
-
-def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(state, folder, capfd):
-    denied = PermissionError("denied")
-    with patch.object(Path, "unlink", side_effect=denied):
-        save_checkpoint(folder / NEXT, state, keep=1)
-    assert len(checkpoints(folder)) == 3
-    assert capfd.readouterr().err.count("warning: cannot delete") == 2
-
-
-def test_a_checkpoint_that_may_not_be_read_is_refused_not_passed_over(folder):
-    """It is not damaged: an older one would mean to train again what is there."""
-    denied = PermissionError("denied")
-    with (
-        patch.object(Path, "read_bytes", side_effect=denied),
-        pytest.raises(UserError, match=f"cannot read {checkpoints(folder)[-1]}"),
-    ):
-        newest_checkpoint(folder)
 
 
 def save_as_rank(folder: Path) -> None:
     run = some_run(folder / "good")
     train_ddp.save(run)
-    if torch.distributed.get_rank() == 0:
+    if dist.get_rank() == 0:
         shutil.rmtree(folder / "good")
     train_ddp.save(run)  # The folder is created again, and locked again.
-    assert run.lock.is_held() == (torch.distributed.get_rank() == 0)
+    assert run.lock.is_held() == (dist.get_rank() == 0)
 
     run.args.checkpoint_dir = folder / "bad"
     run.model.layers[0].bias.data[0] = torch.inf
@@ -320,130 +316,68 @@ def test_all_ranks_save_one_checkpoint_or_raise(tmp_path):
 # The lock of the folder
 
 
-def claim_or_say_why(folder: Path, answer: Path) -> None:
-    try:
-        FolderLock(folder).claim()
-        answer.write_text("claimed")
-    except UserError as error:
-        answer.write_text(str(error))
-
-
-def hold(folder: Path, files: Path, forks: bool) -> None:
-    """Lock a folder, and wait to be killed; with `forks`, in the company of a child."""
+def hold(folder: Path, child_file: Path) -> None:
+    """Lock a folder, start a child as a data loader does, and wait to be killed."""
     FolderLock(folder).claim()
-    if forks:
-        child = os.fork()
-        if child == 0:
-            signal.pause()
-        (files / "child").write_text(str(child))
-    (files / "held").touch()
+    child = os.fork()
+    if child:
+        child_file.write_text(f"{child}\n")
     signal.pause()
 
 
-@pytest.fixture
-def other_process(tmp_path):
-    """Call a function in another process; what is left of it at the end is killed."""
-    context = torch.multiprocessing.get_context("forkserver")
-    started = []
-
-    def call(function, *args):
-        started.append(context.Process(target=function, args=args))
-        started[-1].start()
-        return started[-1]
-
-    yield call
-    for process in started:
-        process.kill()
-        process.join()
-
-
-def second_run(other_process, folder: Path, files: Path) -> str:
-    """What a second run in the folder is told."""
-    other_process(claim_or_say_why, folder, files / "answer").join(120)
-    return (files / "answer").read_text()
-
-
-@pytest.mark.parametrize("forks", [False, True])
-def test_a_folder_is_locked_until_its_run_is_killed(other_process, tmp_path, forks):
-    """A loader worker, which is a child of the run, may outlive it."""
+def test_a_folder_is_locked_until_its_run_is_killed(tmp_path):
+    """A loader worker may outlive it. A deleted folder is claimed again."""
     folder = tmp_path / "new" / "checkpoints"
-    holder = other_process(hold, folder, tmp_path, forks)
-    wait_until((tmp_path / "held").exists)
-    with pytest.raises(UserError, match=f"another run uses {folder}.*--checkpoint_dir"):
-        FolderLock(folder).claim()
-    holder.kill()
-    holder.join()
-    try:
-        FolderLock(folder).claim()
-    finally:
-        if forks:
-            child = int((tmp_path / "child").read_text())
-            assert alive(child)
-            os.kill(child, signal.SIGKILL)
-
-
-def test_a_deleted_folder_is_claimed_again_unless_another_run_has_it(
-    other_process, tmp_path
-):
-    folder = tmp_path / "checkpoints"
+    child_file = tmp_path / "child"
+    context = torch.multiprocessing.get_context("forkserver")
+    other = context.Process(target=hold, args=(folder, child_file), daemon=True)
+    other.start()
+    wait_until(lambda: child_file.exists() and child_file.read_text().endswith("\n"))
     lock = FolderLock(folder)
-    lock.claim()
+    try:
+        problem = f"another run uses {folder}.*--checkpoint_dir"
+        with pytest.raises(UserError, match=problem):
+            lock.claim()
+        assert not lock.is_held()
+        other.kill()
+        other.join()
+        lock.claim()
+    finally:
+        os.kill(int(child_file.read_text()), signal.SIGKILL)
+    assert lock.is_held()
+
     shutil.rmtree(folder)
+    assert not lock.is_held()
+    folder.mkdir()
+    (folder / ".lock").touch()  # As another run does.
     assert not lock.is_held()
     lock.claim()
     assert lock.is_held()
-    assert "another run uses" in second_run(other_process, folder, tmp_path)
-
-    shutil.rmtree(folder)
-    other_process(hold, folder, tmp_path, False)
-    wait_until((tmp_path / "held").exists)
-    with pytest.raises(UserError, match="another run uses"):
-        lock.claim()
-    assert not lock.is_held()
 
 
-def test_a_released_folder_is_free_and_its_file_closed(other_process, tmp_path):
-    lock = FolderLock(tmp_path)
-    lock.claim()
-    descriptor = lock.file
-    lock.release()
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(descriptor)
-    assert second_run(other_process, tmp_path, tmp_path) == "claimed"
-
-
-@pytest.mark.parametrize("ends_with", [UserError("a problem"), KeyboardInterrupt()])
-def test_a_rank_releases_the_folder_however_it_ends(tmp_path, monkeypatch, ends_with):
-    locks = []
+def test_a_rank_releases_the_folder_however_it_ends(tmp_path):
+    files = []
 
     def train(args, info, lock) -> int:
         lock.claim()
-        locks.append(lock)
-        raise ends_with
+        files.append(lock.file)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_ddp, "train", train)
     info = utils.RankInfo(0, 0, 1, 1, "")
-    train_ddp.run_rank(info, Namespace(checkpoint_dir=tmp_path))
-    assert locks[0].file is None
+    with patch("train_ddp.train", train):
+        train_ddp.run_rank(info, Namespace(checkpoint_dir=tmp_path))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(files[0])
 
 
-@pytest.mark.parametrize(
-    "code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EIO]
-)
-def test_a_disk_without_locks_gets_a_warning(code, tmp_path, monkeypatch, capfd):
+def test_a_disk_without_locks_gets_a_warning(tmp_path, capfd):
     """The lock file may be a link: what it points to keeps its content."""
     (tmp_path / "target").write_text("precious")
     (tmp_path / ".lock").symlink_to("target")
-
-    def lockf(*args) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(fcntl, "lockf", lockf)
     lock = FolderLock(tmp_path)
-    lock.claim()
-    # Some network file systems refuse to append.
-    assert not fcntl.fcntl(lock.file, fcntl.F_GETFL) & os.O_APPEND
-    lock.claim()  # As each save does; once is enough for the warning.
+    with patch("fcntl.lockf", side_effect=OSError(errno.ENOLCK, "No locks")):
+        lock.claim()
+        lock.claim()  # As each save does; once is enough for the warning.
     lock.release()
     warning = f"{tmp_path} is on a disk without locks"
     assert capfd.readouterr().err.count(warning) == 1

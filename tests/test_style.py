@@ -5,104 +5,75 @@ import ast
 import pytest
 from conftest import ROOT
 
-SCRIPTS = "train_ddp.py", "model.py", "data.py", "utils.py"
 LONGEST_FUNCTION = 45  # lines
 DEEPEST_NESTING = 4  # blocks in a function
-# Tuples on the right of an assignment whose items belong together; none so far.
-PAIRS: set[str] = set()
 
 
-def complaints(source: str) -> list[str]:
-    """Return what is packed in a script, each with its line."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        line = f"line {getattr(node, 'lineno', 0)}"
-        if isinstance(node, ast.Assign) and is_packed(node):
-            found.append(f"{line}: packed assignment: {ast.unparse(node)}")
-        if isinstance(node, ast.NamedExpr) and not has_reason(source, node):
-            found.append(f"{line}: assignment expression: {ast.unparse(node)}")
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = node.end_lineno - node.lineno + 1
-            if length > LONGEST_FUNCTION:
-                found.append(f"{line}: {node.name} has {length} lines")
-        # The formatter indents each level, and the function's own, by four columns. That an
-        # `elif` is no deeper than its `if` is only true of columns, not of the syntax tree.
-        if isinstance(node, ast.stmt) and node.col_offset > 4 * (1 + DEEPEST_NESTING):
-            found.append(f"{line}: nested too deeply: {ast.unparse(node)}")
-    return found
+def complaint(node: ast.AST) -> str:
+    """Return what is packed in a part of a script, or an empty string."""
+    if isinstance(node, ast.Assign) and is_packed(node):
+        return "packed assignment"
+    if isinstance(node, ast.NamedExpr):
+        return "assignment expression"
+    lines = getattr(node, "end_lineno", 0) - getattr(node, "lineno", 0) + 1
+    if isinstance(node, ast.FunctionDef) and lines > LONGEST_FUNCTION:
+        return "long function"
+    # The formatter indents each level, and the function's own, by four columns. That an `elif`
+    # is no deeper than its `if` is only true of columns, not of the syntax tree.
+    if isinstance(node, ast.stmt) and node.col_offset > 4 * (1 + DEEPEST_NESTING):
+        return "deep nesting"
+    return ""
 
 
 def is_packed(assignment: ast.Assign) -> bool:
     """Whether two or more items of a tuple are computed here. A swap only names them."""
-    value = assignment.value
-    if not isinstance(value, ast.Tuple):
+    if not isinstance(assignment.value, ast.Tuple):
         return False
     if not any(isinstance(target, ast.Tuple) for target in assignment.targets):
         return False
-    computed = [e for e in value.elts if not isinstance(e, ast.Name | ast.Subscript)]
-    return len(computed) > 1 and ast.unparse(assignment) not in PAIRS
+    items = assignment.value.elts
+    computed = [e for e in items if not isinstance(e, ast.Name | ast.Subscript)]
+    return len(computed) > 1
 
 
-def has_reason(source: str, walrus: ast.NamedExpr) -> bool:
-    """Whether it is in the condition of a `while` or `if` that uses the value in its body."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.While | ast.If):
-            in_condition = {ast.dump(part) for part in ast.walk(node.test)}
-            names = [n for part in node.body for n in ast.walk(part)]
-            used = {n.id for n in names if isinstance(n, ast.Name)}
-            if ast.dump(walrus) in in_condition and walrus.target.id in used:
-                return True
-    return False
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_no_statement_is_packed(script):
-    assert complaints((ROOT / script).read_text()) == []
-
-
-LINES = "\n    x = 1" * LONGEST_FUNCTION
-ALLOWED = """
-a, b = b, a
-a[0], b = b, a[0]
-a, b = f()
-a = f(), g()
-a, b = pair
-while (line := read()):
-    print(line)
-
-def f():
-    with a:
-        for b in c:
-            for d in b:
-                if d:
-                    pass
-                elif e:
-                    pass
-"""
-NESTED = (
-    ALLOWED
-    + """
-                    if e:
-                        return
-"""
-)
+def complaints(source: str) -> list[tuple[int, str]]:
+    """Return what is packed in a script, each with the number of its line."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if complaint(node)]
+    return sorted((node.lineno, complaint(node)) for node in nodes)
 
 
 @pytest.mark.parametrize(
-    "packed, complaint",
-    [
-        ("a, b = f(), g()", "packed assignment"),
-        ("a, b = x.y, 3", "packed assignment"),
-        ("c = a, b = [], 0", "packed assignment"),
-        ("print(a := f())", "assignment expression"),
-        ("if (a := f()):\n    pass", "assignment expression"),
-        ("[b for b in c if (d := b)]", "assignment expression"),
-        (f"def f():{LINES}", "f has 46 lines"),
-        (f"class C:\n  async def f():{LINES}", "f has 46 lines"),
-        (NESTED, "nested too deeply: return"),
-    ],
+    "script", sorted(ROOT.glob("*.py")), ids=lambda path: path.name
 )
-def test_each_kind_of_packed_statement_is_found(packed, complaint):
-    [found] = complaints(packed)
-    assert complaint in found
-    assert complaints(ALLOWED) == []
+def test_no_statement_is_packed(script):
+    assert complaints(script.read_text()) == []
+
+
+SAMPLE = """
+a[0], b = b, a[0]
+a = f(), g()
+a, b = f(), g()
+c = a, b = [], x.y
+print([b for b in c if (d := b)])
+
+class C:
+    def f():
+        for a in b:
+            for b in c:
+                if d:
+                    pass
+                elif e:
+                    if f:
+                        pass
+
+    def g():
+"""
+
+
+def test_each_kind_of_packing_is_found():
+    length = "        a = 1\n" * (LONGEST_FUNCTION - 1)
+    packed = [(4, "packed assignment"), (5, "packed assignment")]
+    packed += [(6, "assignment expression"), (16, "deep nesting")]
+    assert complaints(SAMPLE + length) == packed
+    too_long = complaints(SAMPLE + length + "        a = 1\n")
+    assert too_long == [*packed, (18, "long function")]

@@ -62,8 +62,9 @@ def measure_as_rank(info: utils.RankInfo, args: tuple[Path, bool, int]) -> int:
     blocks = 1 if quick else 10
     steps = 4 if quick else 30
     device = utils.join_process_group(info)
-    _, train_set, test_set = data.load_data(data_dir, download=False)
-    train_set = first_images(train_set, world_size * BATCH * steps)
+    images, labels = data.read(data_dir, train=True)
+    size = world_size * BATCH * steps
+    train_set = data.Digits(images[:size], labels[:size])
     model = train_ddp.ConvNet().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.95), fused=True)
     flags = SimpleNamespace(epochs=1, batch_size=BATCH, world_size=world_size)
@@ -72,10 +73,9 @@ def measure_as_rank(info: utils.RankInfo, args: tuple[Path, bool, int]) -> int:
     flags.save_every = None
     lock = utils.FolderLock(data_dir)
     progress = train_ddp.Progress()
-    size = len(train_set)
     run = train_ddp.Run(flags, device, "", size, model, optimizer, lock, progress)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    train_ddp.settle_buckets(ddp, test_set)
+    train_ddp.settle_buckets(ddp, train_set)
     arms = create_arms(run, ddp, train_set)
     rates = time_arms(arms, blocks, BATCH * steps)
     if info.rank == 0:
@@ -87,19 +87,6 @@ def measure_as_rank(info: utils.RankInfo, args: tuple[Path, bool, int]) -> int:
     return 0
 
 
-def first_images(digits: data.Digits, count: int) -> data.Digits:
-    """Return a data set of the first images."""
-    margin = slice(data.MAX_SHIFT, -data.MAX_SHIFT)
-    images = digits.padded[:count, margin, margin]
-    return data.Digits(images, torch.tensor(digits.labels[:count]))
-
-
-class Resident(list):
-    """Batches in memory, which stand in for a DataLoader."""
-
-    dataset: data.Digits
-
-
 def create_arms(
     run: train_ddp.Run, ddp: nn.Module, train_set: data.Digits
 ) -> dict[str, Arm]:
@@ -107,8 +94,7 @@ def create_arms(
     sampler = data.ResumableSampler(train_set)
     loader = data.make_loader(train_set, BATCH, sampler)
     half = data.make_loader(train_set, BATCH // 2, sampler)
-    batches = Resident(loader)
-    batches.dataset = train_set
+    batches = list(loader)
     model, optimizer = copy.deepcopy((run.model, run.optimizer))
     model.train()
     gradients = torch.zeros(sum(p.numel() for p in model.parameters()))
@@ -240,23 +226,6 @@ def fast(data_dir: Path, quick: bool) -> None:
     print(json.dumps({"seconds": seconds, "accuracy": float(correct)}))
 
 
-def seconds_of(command: list[str], folder: str | None = None) -> float:
-    """Return how long a command takes; its temporary files go to `folder`, if given."""
-    env = os.environ | ({"TMPDIR": folder} if folder else {})
-    start = time.perf_counter()
-    subprocess.run(command, stdout=subprocess.DEVNULL, check=True, cwd=ROOT, env=env)
-    return time.perf_counter() - start
-
-
-def first_step(data_dir: Path) -> float:
-    """Return the seconds from the command to the first training step, which exits."""
-    code = "import os, sys, train_ddp; train_ddp.train_step = lambda *_: os._exit(0)\n"
-    with tempfile.TemporaryDirectory() as folder:
-        command = program(data_dir, folder, epochs=1, world_size=1, seed=0)
-        command[1:2] = "-c", code + "train_ddp.main()"
-        return seconds_of(command, folder)
-
-
 def program(data_dir: Path, folder: str, epochs: int, world_size: int, seed: int):
     """Return the command that runs the trainer itself."""
     flags = f"--epochs {epochs} --world_size {world_size} --seed {seed}".split()
@@ -265,39 +234,55 @@ def program(data_dir: Path, folder: str, epochs: int, world_size: int, seed: int
     return [sys.executable, script, *flags, "--checkpoint_dir", folder]
 
 
-def peak_memory(command: list[str]) -> float:
-    """Run a command; return the peak memory of the largest of its processes, in MB."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+def measure(command: list[str], folder: str | None = None) -> tuple[float, float]:
+    """Return the seconds that a command takes, and the peak memory of its largest process, MB.
+
+    Its temporary files go to `folder`, if given.
+    """
+    env = os.environ | ({"TMPDIR": folder} if folder else {})
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT, env=env)
     _, process.returncode, usage = os.wait4(process.pid, 0)
     if process.returncode:
-        raise RuntimeError("the trainer failed")
-    return usage.ru_maxrss / 1024  # KiB on Linux
+        raise RuntimeError(f"{command} failed")
+    return time.perf_counter() - start, usage.ru_maxrss / 1024  # KiB on Linux
+
+
+def first_step(data_dir: Path) -> float:
+    """Return the seconds from the command to the first training step, which exits."""
+    code = "import os, sys, train_ddp; train_ddp.train_step = lambda *_: os._exit(0)\n"
+    with tempfile.TemporaryDirectory() as folder:
+        command = program(data_dir, folder, epochs=1, world_size=1, seed=0)
+        command[1:2] = "-c", code + "train_ddp.main()"
+        return measure(command, folder)[0]
 
 
 def whole_programs(data_dir: Path, seed: int) -> dict[str, float]:
     """Train one epoch, do it again with nothing left to do, and train three epochs."""
     with tempfile.TemporaryDirectory() as folder:
-        memory = peak_memory(program(data_dir, folder, 1, 2, seed))
+        _, memory = measure(program(data_dir, folder, 1, 2, seed))
         [path] = Path(folder).glob("*.pt")
         [record] = torch.load(path, weights_only=True)["progress"]["history"]
-        rerun = seconds_of(program(data_dir, folder, 1, 1, seed))
+        rerun, _ = measure(program(data_dir, folder, 1, 1, seed))
     with tempfile.TemporaryDirectory() as folder:
-        memory3 = peak_memory(program(data_dir, folder, 3, 2, seed))
+        _, memory3 = measure(program(data_dir, folder, 3, 2, seed))
     return record | {"rerun": rerun, "memory": memory, "memory3": memory3}
 
 
 def one_round(data_dir: Path, quick: bool, seed: int) -> dict[str, float]:
     """Take every figure once."""
     one, two = (run_arm(arm, data_dir, quick) for arm in ("one_rank", "two_ranks"))
-    trained, recipe = whole_programs(data_dir, seed), run_arm("fast", data_dir, quick)
-    started, rerun = first_step(data_dir), trained["rerun"]
-    plain = seconds_of([sys.executable, "-c", "import torch"])
+    trained = whole_programs(data_dir, seed)
+    recipe = run_arm("fast", data_dir, quick)
+    started = first_step(data_dir)
+    plain, _ = measure([sys.executable, "-c", "import torch"])
     # What a first step needs, and the same abrupt end: DDP imports torch._dynamo.
     code = "import os, torch, torchvision, torch._dynamo; os._exit(0)"
-    floor = seconds_of([sys.executable, "-c", code])
+    floor, _ = measure([sys.executable, "-c", code])
     ratio = trained["seconds"] / recipe["seconds"]
-    memory, memory3 = trained["memory"], trained["memory3"]
-    step, all_reduce = (2 * BATCH / two[arm] for arm in ("loop", "all_reduce"))  # s
+    rerun = trained["rerun"]
+    memory = trained["memory"]
+    exchange = 2 * BATCH / two["all_reduce"]  # s
     return {
         "1 rank: trainer's loop, images/s": one["loop"],
         "2 ranks: trainer's loop, images/s": two["loop"],
@@ -313,8 +298,7 @@ def one_round(data_dir: Path, quick: bool, seed: int) -> dict[str, float]:
         "2 ranks: loop / loop with resident batches": two["loop/resident"],
         "2 ranks: bare steps through DDP / bare steps": two["ddp/bare"],
         "2 ranks: bare steps, all-reduce of 1 number / bare": two["meet/bare"],
-        "2 ranks: one all-reduce of the parameters, ms": 1000 * all_reduce,
-        "2 ranks: all-reduce / step, time": all_reduce / step,
+        "2 ranks: one all-reduce of the parameters, ms": 1000 * exchange,
         "1 rank: busy / quiet machine, images/s (goal 0.33)": one["busy/loop"],
         "2 ranks: busy / quiet machine, images/s (goal 0.33)": two["busy/loop"],
         "2 ranks: one epoch, s": trained["seconds"],
@@ -329,8 +313,7 @@ def one_round(data_dir: Path, quick: bool, seed: int) -> dict[str, float]:
         "rerun of a finished training, s": rerun,
         "rerun of a finished training / import torch (goal 3)": rerun / plain,
         "peak memory of a rank, 1 epoch, MB": memory,
-        "peak memory of a rank, 3 epochs, MB": memory3,
-        "peak memory, 3 epochs / 1 epoch (goal 1)": memory3 / memory,
+        "peak memory, 3 epochs / 1 epoch (goal 1)": trained["memory3"] / memory,
     }
 
 

@@ -65,9 +65,9 @@ def measure() -> None:
     batches = list(make_loader(Subset(digits, range(STEPS * 64)), 64))
     narrow = ConvNet()
     wide = ConvNet()
-    wide.layers[-1] = nn.Sequential(
-        nn.Linear(864, WIDE), nn.ReLU(), nn.Linear(WIDE, 10)
-    )
+    units = wide.layers[-1].in_features
+    more = nn.Linear(units, WIDE), nn.ReLU(), nn.Linear(WIDE, 10)
+    wide.layers[-1] = nn.Sequential(*more)
     arms = {}
     own_steps = []
     for name, model in ("narrow", narrow), ("wide", wide):
