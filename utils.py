@@ -205,8 +205,8 @@ def make_gpus_repeatable() -> None:
 def use_loopback_only() -> None:
     """Keep the ranks of a single machine off the network.
 
-    gloo would listen at the address of the host name: others could reach it there, and it is
-    an error if the name does not resolve.
+    gloo would listen at the address of the host name, where others could reach it; without
+    such an address it would warn.
     """
     names = [name for _, name in socket.if_nameindex()]
     loopback = next(name for name in names if name.startswith("lo"))
@@ -566,7 +566,8 @@ def exit_like(code: int) -> NoReturn:
     """
     # In a notebook or an interactive interpreter, the signal would end the interpreter.
     if code - 128 in STOP_SIGNALS and not hasattr(sys, "ps1"):
-        with contextlib.suppress(OSError):
+        # With `>&-` in a shell, there is no stdout.
+        with contextlib.suppress(OSError, AttributeError):
             sys.stdout.flush()
         signal.signal(code - 128, signal.SIG_DFL)
         signal.raise_signal(code - 128)

@@ -258,7 +258,7 @@ def test_your_own_data_set(picture_clone):
     (picture_clone / "snippet.py").write_text(snippet)
     printed = run_forked(picture_clone, "snippet.py")
     assert re.fullmatch(r"predicted \w+ true blue\n", printed)
-    flags = "--data_dir", "pictures", "--batch_size", 8, "--save_every", 3
+    flags = "--data_dir", "pictures", "--batch_size", 8, "--save_every", 5
     train_twice(picture_clone, *flags)
 
 

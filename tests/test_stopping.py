@@ -239,35 +239,31 @@ def test_a_second_ctrl_c_ends_a_process_before_it_has_saved(fork, tmp_path):
 # Output that goes away
 
 
-@pytest.mark.parametrize(
-    "shell",
-    ['"$@" | head -n 1', pytest.param('"$@" >&-', marks=pytest.mark.slow)],
-    ids=["head", "closed"],
-)
-def test_an_output_that_fails_costs_nothing(tmp_path, shell):
+def test_an_output_that_fails_costs_nothing(tmp_path):
     """Nor does a name of a folder that the terminal cannot show."""
     cmd = command("--epochs", 2, "--batch_size", 500, "--checkpoint_dir", "Läufe")
-    shell += "\nexit ${PIPESTATUS[0]}"
+    shell = '"$@" | head -n 1\nexit ${PIPESTATUS[0]}'
     done = run([*SH, shell, "-", *cmd], tmp_path, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, "")
     assert len(checkpoints(tmp_path / "Läufe")) == 2
 
 
-# As after Ctrl-C to a `tee`, with a full disk, and in a terminal that was closed.
+# As after Ctrl-C to a `tee`, with a full disk, in a terminal that was closed, and with `>&-`.
+BOTH = "\nos.dup2(output, 1)\nos.dup2(output, 2)"
 FAILING_OUTPUTS = {
-    "ended": "reader, output = os.pipe()\nos.close(reader)",
-    "full": "output = os.open('/dev/full', os.O_WRONLY)",
-    "hung up": "screen, output = os.openpty()\nos.close(screen)",
+    "ended": "reader, output = os.pipe()\nos.close(reader)" + BOTH,
+    "full": "output = os.open('/dev/full', os.O_WRONLY)" + BOTH,
+    "hung up": "screen, output = os.openpty()\nos.close(screen)" + BOTH,
+    "none": "import sys\nos.close(1)\nsys.stdout = None",
 }
 NOHUP = "import os, signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-BOTH = "\nos.dup2(output, 1)\nos.dup2(output, 2)"
 
 
 def test_ctrl_c_to_a_run_whose_output_fails_saves(launch, tmp_path):
     """A hangup that is ignored, as under `nohup`, stops nobody."""
     folder = tmp_path / "checkpoints"
     for name, code in FAILING_OUTPUTS.items():
-        job = launch(*LONG, **fault(NOHUP + code + BOTH))
+        job = launch(*LONG, **fault(NOHUP + code))
         wait_for_progress(job, folder)
         for pid in everyone(job):
             os.kill(pid, signal.SIGHUP)
@@ -371,6 +367,15 @@ def test_a_frozen_rank_ends_the_run_after_the_timeout(launch):
     assert "rank 1 lost another rank" in error_line(job.output())
 
 
+def test_a_single_process_never_claims_to_have_lost_another_rank(fork):
+    """What is not recognised keeps its traceback."""
+    trouble = 'raise RuntimeError("[/gloo/transport/tcp/pair.cc:9] Connection closed")'
+    job = fork(*LONG, **fault_in_step(0, trouble))
+    assert job.wait() == 1
+    assert "RuntimeError: [/gloo" in job.output()
+    assert "lost another rank" not in job.output()
+
+
 def imports_torch(pid: int) -> bool:
     """Whether a self-spawned worker imports torch, or has done so."""
     try:
@@ -403,7 +408,7 @@ def test_ctrl_c_before_there_is_something_to_save_leaves_without_a_word(
     job = launch(*LONG, **fault(data=waits))
     wait_until((tmp_path / "checkpoints" / ".lock").exists, 120, job)
     pids = everyone(job)
-    for pid in pids:
+    for pid in reversed(pids):  # as a terminal may do it
         os.kill(pid, signal.SIGINT)
     assert job.wait(TOGETHER) == -signal.SIGINT
     all_end(pids)
@@ -416,7 +421,8 @@ def test_ctrl_c_before_there_is_something_to_save_leaves_without_a_word(
 # A file size limit stops the save midway: the same to the program as a full disk. And root may
 # write in a read-only folder.
 BAD_DISKS = {
-    "File too large": """import resource
+    "File too large": """os.kill(os.getppid(), signal.SIGINT)
+        import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1))""",
     "Permission denied": """os.chmod(".", 0o755)
         os.chmod("checkpoints", 0o555)
@@ -426,11 +432,12 @@ BAD_DISKS = {
 
 @pytest.mark.parametrize("problem", BAD_DISKS)
 def test_a_full_disk_leaves_earlier_checkpoints_whole_and_names_the_good_one(
-    launch, tmp_path, problem
+    launch, fork, tmp_path, problem
 ):
     """After Ctrl-C, too, the code is 1: to die of the signal would say that all is saved."""
-    code = f"os.kill(os.getppid(), signal.SIGINT)\n        {BAD_DISKS[problem]}"
-    job = launch(*LONG, **fault_in_step(0, code, step=15))
+    # Another user could not delete the file in which two ranks have met.
+    begin = fork if problem == "Permission denied" else launch
+    job = begin(*LONG, **fault_in_step(0, BAD_DISKS[problem], step=15))
     assert job.wait() == 1
     [path] = checkpoints(tmp_path / "checkpoints")
     assert path.stat().st_size > 100_000
@@ -500,12 +507,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_never_reaches_a_checkpoint(
             assert all(weight.isfinite().all() for weight in model.values()), path
 
 
-# Machines with a name that does not help
+# The network
 
 
 @pytest.fixture
 def machine(start, tmp_path):
-    """Start a command on a machine with a full /dev/shm, two addresses, and a given name."""
+    """Start a command on a machine with a full /dev/shm, whose name is an address of others."""
     for prefix in ["unshare", "-mun"], ["unshare", "--map-root-user", "-mun"]:
         mount = [*prefix, "mount", "-t", "tmpfs", "x", "/mnt"]
         try:
@@ -519,22 +526,12 @@ def machine(start, tmp_path):
     script = """
         ip link set lo up
         ip address add 192.0.2.1 dev lo
-        hostname $0
+        hostname reachable
         mount --bind hosts /etc/hosts
         mount -t tmpfs -o size=4k tmpfs /dev/shm
         head -c 4096 /dev/zero > /dev/shm/full
         exec "$@" """
-    return lambda name, cmd: start([*prefix, "sh", "-ec", script, name, *cmd])
-
-
-@pytest.mark.slow
-def test_trains_under_torchrun_with_an_unresolvable_hostname(machine, tmp_path):
-    cmd = command("--epochs", 1, torchrun=2)
-    # torchrun looks up the name on its own account, unless told not to.
-    cmd.insert(3, "--local-addr=127.0.0.1")
-    job = machine("no-such-host.invalid", cmd)
-    assert job.wait() == 0, job.output()
-    assert len(checkpoints(tmp_path / "checkpoints")) == 1
+    return lambda cmd: start([*prefix, "sh", "-ec", script, "-", *cmd])
 
 
 LOOPBACK = re.compile("[0-9A-F]{6}7F|0{24}01000000|0{16}FFFF0000[0-9A-F]{6}7F")
@@ -543,7 +540,7 @@ LOOPBACK = re.compile("[0-9A-F]{6}7F|0{24}01000000|0{16}FFFF0000[0-9A-F]{6}7F")
 @pytest.mark.slow
 def test_a_self_spawned_run_listens_on_loopback_only(machine, tmp_path):
     """Even where the hostname resolves to an address that others can reach."""
-    job = machine("reachable", command(*LONG, *TWO))
+    job = machine(command(*LONG, *TWO))
     wait_for_progress(job, tmp_path / "checkpoints")
     net = Path(f"/proc/{job.process.pid}/net")
     lines = (net / "tcp").read_text() + (net / "tcp6").read_text()
