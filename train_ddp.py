@@ -188,7 +188,7 @@ def train_epoch(
     loader: DataLoader,
     received_signals: list[int],
 ) -> bool:
-    """Train to the end of the epoch. Return False, maybe earlier, if a rank was asked to stop.
+    """Train to the end of the epoch, or until a rank is asked to stop; then return False.
 
     All ranks return after the same step: a rank that trained on alone would wait for the
     others for ever. Raises UserError on all ranks if the sum of their losses is not finite.
