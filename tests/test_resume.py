@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import (
     SAMPLE,
     SCRIPT,
@@ -27,6 +28,7 @@ from conftest import (
 from machines import two_machines
 
 import data
+import utils
 from model import ConvNet
 
 JOB = "--epochs", 1, "--world_size", 2, "--save_every", 10, "--keep", 100
@@ -216,22 +218,28 @@ def test_a_finished_run_is_left_alone_and_a_longer_one_continues(
 
 # Under torchrun, on several machines
 
-LATE_RANK = """
-import os, time
-if os.environ.get("RANK") == "0" and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "1":
-    time.sleep(5)
-"""
 KILL_ONCE = f"if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': {KILL}"
+
+
+def test_restarted_ranks_do_not_find_the_addresses_of_dead_ones(monkeypatch):
+    """torchrun keeps its store over all restarts."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    info = utils.RankInfo(0, 0, 1, 1, f"tcp://127.0.0.1:{server.port}")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    for restarts in "0", "1":
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        store = utils.open_store(info)
+        assert not store.check(["address"])
+        store.set("address", "127.0.0.1")
 
 
 @pytest.mark.slow
 def test_torchrun_restarts_a_killed_worker_and_the_result_is_the_same(
     straight, start, tmp_path
 ):
-    """Even if rank 0 is late: the other must not find the address of the dead one."""
     cmd = command(*JOB, torchrun=2)
     cmd.insert(cmd.index("--nproc_per_node=2"), "--max-restarts=1")
-    job = start(cmd, **fault_in_step(1, KILL_ONCE, step=25, at_start=LATE_RANK))
+    job = start(cmd, **fault_in_step(1, KILL_ONCE, step=25))
     assert job.wait() == 0, job.output()
     assert (tmp_path / "fault").exists()
     assert started_from(job.output()) == f"epoch00000-image{20 * 128:09d}.pt"
