@@ -109,16 +109,18 @@ class Started:
 
 
 class Forked(Started):
-    """The program in a process that is forked from one that has imported torch.
+    """The program, or another script, in a process forked from one that has imported torch.
 
     It starts in a tenth of the time of a new interpreter.
     """
 
-    def __init__(self, flags: list[str], cwd: Path, **env: str) -> None:
+    def __init__(
+        self, flags: list[str], cwd: Path, script: Path = SCRIPT, **env: str
+    ) -> None:
         self.log = cwd / f"log-{time.monotonic_ns()}"
         self.log.touch()
         context = torch.multiprocessing.get_context("forkserver")
-        arguments = flags, cwd, self.log, dict(os.environ | env)
+        arguments = script, flags, cwd, self.log, dict(os.environ | env)
         self.process = context.Process(target=_run_program, args=arguments)
         self.process.start()
 
@@ -131,7 +133,9 @@ class Forked(Started):
         return self.process.exitcode is not None
 
 
-def _run_program(flags: list[str], cwd: Path, log: Path, env: dict[str, str]) -> None:
+def _run_program(
+    script: Path, flags: list[str], cwd: Path, log: Path, env: dict[str, str]
+) -> None:
     os.setsid()
     # If the suite is killed, the program must not train on for ever.
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, see prctl(2)
@@ -142,10 +146,11 @@ def _run_program(flags: list[str], cwd: Path, log: Path, env: dict[str, str]) ->
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.argv = [str(SCRIPT), *flags]
+    sys.argv = [str(script), *flags]
+    sys.path.insert(0, str(script.parent))
     if "FAULT" in env:
         runpy.run_path(str(ROOT / "tests" / "faults" / "sitecustomize.py"))
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def descendants(pid: int) -> list[int]:

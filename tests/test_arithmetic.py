@@ -357,7 +357,7 @@ def test_the_threads_of_gloo_are_scheduled_as_batch_jobs():
 
 
 class Pictures(ImageFolder):
-    """A folder of pictures; its random transforms belong to (seed, epoch, picture)."""
+    """Random transforms that belong to (seed, epoch, picture), as `load_data` advises."""
 
     def set_epoch(self, seed: int, epoch: int) -> None:
         self.seed = seed
@@ -365,7 +365,8 @@ class Pictures(ImageFolder):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(hash((self.seed, self.epoch, index)))
+            seed = (self.seed + self.epoch) * len(self) + index
+            torch.default_generator.manual_seed(seed)
             return super().__getitem__(index)
 
 

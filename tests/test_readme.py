@@ -16,6 +16,7 @@ import torch
 from conftest import (
     ROOT,
     SAMPLE,
+    Forked,
     checkpoints,
     checksum,
     equal,
@@ -88,34 +89,22 @@ def shell(script: str, cwd: Path) -> str:
     return done.stdout + done.stderr
 
 
-def run_as_rank(clone: Path, command: list[str], env: dict[str, str]) -> None:
-    os.chdir(clone)
-    os.environ.update(env)
-    sys.path.insert(0, str(clone))
-    sys.argv = command
-    with open(f"output{env['RANK']}", "w") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    runpy.run_path(command[0], run_name="__main__")
-
-
-def run_forked(clone: Path, *command: object, ranks: int = 1, code: int = 0) -> str:
-    """Run a script of a clone, expect an exit code of each rank; return the output of rank 0.
-
-    The ranks are forked from a process that has imported torch, and so start at once.
-    """
-    context = torch.multiprocessing.get_context("forkserver")
-    processes = []
+def run_forked(
+    clone: Path, script: str, *flags: object, ranks: int = 1, code: int = 0
+) -> str:
+    """Run a script of a clone, expect an exit code of each rank; return the output of rank 0."""
+    texts = [str(flag) for flag in flags]
+    jobs = []
     for env in hand_set(ranks):
         env["LOCAL_RANK"] = env["RANK"]
-        arguments = (clone, [str(part) for part in command], env)
-        processes.append(context.Process(target=run_as_rank, args=arguments))
-        processes[-1].start()
-    for process in processes:
-        process.join(600)
-        process.kill()
-    output = (clone / "output0").read_text()
-    assert {process.exitcode for process in processes} == {code}, output
+        jobs.append(Forked(texts, clone, clone / script, **env))
+    try:
+        codes = {job.wait(600) for job in jobs}
+    finally:
+        for job in jobs:
+            job.kill()
+    output = jobs[0].output()
+    assert codes == {code}, output
     return output
 
 
