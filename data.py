@@ -1,13 +1,7 @@
 """The data, and who gets which part of it. A data set of your own replaces `load_data`."""
 
-import contextlib
-import glob
-import hashlib
-import os
-import shutil
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
@@ -19,10 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
-from utils import UserError, first_line, ignore_stop_signals, warn
+import utils
 
 # The name of a class in torchvision.datasets, and of a folder: MNIST, FashionMNIST or KMNIST.
+# (The mean and the deviation of its pixels are in model.py.)
 DATASET = "MNIST"
+FILES = [
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+]
+SAMPLE_DIR = Path(__file__).resolve().parent / "tests" / "mnist_sample"
+# torchvision raises RuntimeError if no mirror works, or if a proxy answers with its own page.
+NETWORK_ERRORS = RuntimeError, URLError, TimeoutError, ConnectionError, HTTPException
 # The number of pixels by which training moves an image, in each direction.
 MAX_SHIFT = 1
 # The number of processes per rank that load data. With 0, the rank loads them itself, which is
@@ -33,70 +37,106 @@ LOADER_WORKERS = 0
 SizedDataset = Any
 
 
-def load_data(data_dir: Path, download: bool) -> tuple[str, SizedDataset, SizedDataset]:
-    """Return a name for the data, the training set and the test set; raises UserError.
+def load_data(
+    data_dir: Path, seed: int, download: bool
+) -> tuple[str, SizedDataset, SizedDataset]:
+    """Return a name for the data, the training set and the test set.
 
-    Replace this function to train on data of your own, for example on folders of pictures:
+    Raises SystemExit, with a text, if files cannot be used. Replace this function to train on
+    data of your own, for example on folders of pictures:
 
         transform = Compose([Resize((64, 64)), ToTensor()])
         train_set = ImageFolder(data_dir / "train", transform)
         test_set = ImageFolder(data_dir / "test", transform)
         return "my pictures", train_set, test_set
 
-    An item is a pair of an image and the number of its class. Here an image is a float32
-    tensor [3, 64, 64]: replace ConvNet by a network that takes batches of these. The name can
-    be any text; a checkpoint is only resumed with data of the same name.
+    ConvNet does not fit these: `build_model` in train_ddp.py has to return another network.
 
-    If items change at random, the training set needs a `set_epoch`, as `Digits` has. For the
-    random transforms of torchvision, let it keep seed and epoch, and write in `__getitem__`:
-
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed((self.seed + self.epoch) * len(self) + index)
-            return super().__getitem__(index)
-
-    If you split one data set in two, use the same seed on all ranks. A Subset has no
-    `set_epoch`: split the files or the tensors, and make a data set of each part.
-
-    `download` is True on the first rank of each machine. Meanwhile the others wait, TIMEOUT in
-    utils.py at most, and then call this function with False.
+    - Items may be anything that `compute_loss` in train_ddp.py understands. Here an item is an
+      image and the number of its class, an int.
+    - The numbers of classes must be the same in each process and in both sets. Sort the names
+      of the classes: a `set` of them has another order in each process.
+    - If items change at random, the training set needs a `set_epoch`, as `Digits` has it.
+    - If you split one data set in two, do it with `seed`, which all ranks share.
+    - `download` is True in the process with LOCAL_RANK 0 of each machine. When these are done,
+      within utils.TIMEOUT, the others call this function with False.
     """
-    if download:
-        download_if_absent(data_dir)
+    # torchvision takes as long to import as torch. The process that only starts the ranks, in
+    # utils.launch, does not need it.
+    from torchvision import datasets  # type: ignore[import-untyped]
+
+    if download and not has_all_files(data_dir):
+        download_files(data_dir)
     root = data_dir if has_all_files(data_dir) else SAMPLE_DIR
-    train_images, train_labels = read(root, train=True)
-    test_images, test_labels = read(root, train=False)
-    # With the digest in the name, a machine that has other data is noticed, and a checkpoint of
-    # a training with other data as well.
-    digest = hashlib.sha256()
-    for tensor in train_images, train_labels, test_images, test_labels:
-        digest.update(tensor.numpy().tobytes())
-    sizes = f"{len(train_images)}+{len(test_images)} images"
-    name = f"{DATASET} {sizes}, SHA-256 {digest.hexdigest()[:12]}"
-    train_set = Digits(train_images, train_labels)
-    test_set = Digits(test_images, test_labels)
-    return name, train_set, test_set
+    try:
+        train_files = getattr(datasets, DATASET)(root, train=True)
+        test_files = getattr(datasets, DATASET)(root, train=False)
+    except Exception as error:  # noqa: BLE001 (damaged files can raise anything)
+        raw = root / DATASET / "raw"
+        fix = "delete what is damaged there, and rerun with a network"
+        raise SystemExit(f"the data in {raw} cannot be read ({error!r}): {fix}")
+    train_set = Digits(train_files.data, train_files.targets, seed)
+    test_set = Digits(test_files.data, test_files.targets, seed)
+    return DATASET, train_set, test_set
+
+
+def has_all_files(data_dir: Path) -> bool:
+    """Return whether all four files are where torchvision looks for them."""
+    raw = data_dir / DATASET / "raw"
+    return all((raw / name).is_file() for name in FILES)
+
+
+def download_files(data_dir: Path) -> None:
+    """Have torchvision download the files; without a network, warn that the sample is used.
+
+    Raises SystemExit if the folder cannot be written to.
+    """
+    from torchvision import datasets
+
+    timeout_before = socket.getdefaulttimeout()
+    # Otherwise a firewall that drops packets would cost minutes.
+    socket.setdefaulttimeout(10)
+    try:
+        getattr(datasets, DATASET)(data_dir, download=True)
+    except NETWORK_ERRORS as error:
+        reason = str(error).partition("\n")[0]
+        problem = f"{DATASET} could not be downloaded ({reason})"
+        places = f"{', '.join(FILES)} in {data_dir / DATASET / 'raw'}"
+        if not has_all_files(SAMPLE_DIR):
+            raise SystemExit(f"{problem}: rerun with a network, or put {places}")
+        utils.warn(
+            f"{problem}.\n"
+            "This uses THE BUNDLED SAMPLE of 10,000 digits of MNIST, which is less accurate. "
+            f"For all,\nrerun with a network, or put {places}"
+        )
+    except OSError as error:  # All others that are about a file.
+        fix = "make it usable, or choose another --data_dir"
+        raise SystemExit(f"cannot use the data folder {data_dir} ({error}): {fix}")
+    finally:
+        socket.setdefaulttimeout(timeout_before)
 
 
 class Digits(Dataset):
     """Images, uint8 [28, 28], each with its label, an int; training shifts them at random."""
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, seed: int) -> None:
         """Take images, uint8 [N, 28, 28], and labels, an integer type [N]."""
         self.height, self.width = images.shape[1:]
         self.padded = F.pad(images, [MAX_SHIFT] * 4)
         self.labels = labels.tolist()
+        self.seed = seed
         # Until `set_epoch` is called, as for a test set, each image is taken from the middle of
         # the padded one, and so is not shifted.
         self.shifts = [[MAX_SHIFT, MAX_SHIFT]] * len(images)
 
-    def set_epoch(self, seed: int, epoch: int) -> None:
+    def set_epoch(self, epoch: int) -> None:
         """Draw new shifts for all images.
 
         They belong to (seed, epoch, image), not to a rank. Random transforms usually draw from
         the global generator, which has two traps here. All ranks were seeded alike, so they
         draw the same transforms. And a resumed training draws those of its start again.
         """
-        generator = torch.Generator().manual_seed(seed + epoch)
+        generator = torch.Generator().manual_seed(self.seed + epoch)
         size = (len(self), 2)
         shifts = torch.randint(2 * MAX_SHIFT + 1, size, generator=generator)
         self.shifts = shifts.tolist()
@@ -115,12 +155,20 @@ class Digits(Dataset):
 class ResumableSampler(DistributedSampler):
     """A DistributedSampler that can start in mid-epoch, and that never repeats an item.
 
-    All ranks draw the same permutation of the epoch; rank r takes the items at start + r,
-    start + r + world_size, and so on. The last items, fewer than world_size, go unused, since
-    all shares must be equally large: a rank with one batch more would wait for the gradients
-    of the others for ever. DistributedSampler repeats some items instead.
+    An epoch of ten items on three ranks, if their random order is 3 8 0 5 9 1 7 2 6 4:
 
-    A script that never resumes in mid-epoch can use DistributedSampler itself. Of that, only
+        rank 0 takes  3 5 7
+        rank 1 takes  8 9 2
+        rank 2 takes  0 1 6      and 4 goes unused in this epoch.
+
+    All shares are equally large, as a rank with one batch more would wait for the gradients of
+    the others in vain. (DistributedSampler repeats 3 and 8 instead, to fill up the shares.)
+    A training that was stopped after six items goes on with start=6, even with two ranks:
+
+        rank 0 takes  7 6
+        rank 1 takes  2 4
+
+    A script of your own that never resumes can use DistributedSampler itself. Of that, only
     seed, epoch, rank and num_replicas (the world size) are used here.
     """
 
@@ -134,7 +182,7 @@ class ResumableSampler(DistributedSampler):
         """Take world size and rank from the process group, unless they are given."""
         super().__init__(dataset, num_replicas=world_size, rank=rank, seed=seed)
         self.size = len(dataset)
-        # The number of items of the permutation that all ranks together have finished.
+        # The number of items of the epoch that all ranks together have finished.
         self.start = 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -146,7 +194,7 @@ class ResumableSampler(DistributedSampler):
         return (self.size - self.start) // self.num_replicas
 
     def __iter__(self) -> Iterator[int]:
-        # This is the same permutation as DistributedSampler's own.
+        # All ranks draw the same order; it is also DistributedSampler's own.
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.size, generator=generator)
         own_items = order[self.start + self.rank :: self.num_replicas]
@@ -156,10 +204,14 @@ class ResumableSampler(DistributedSampler):
 def make_loader(
     dataset: SizedDataset, batch_size: int, sampler: Sampler | None = None
 ) -> DataLoader:
-    """Return a DataLoader whose worker processes, if any, leave stop signals to their rank."""
-    # New workers are started for each epoch: persistent_workers would keep their copy of the
-    # data set, which never sees what `set_epoch` changes. With "fork", a worker starts as a
-    # copy of its rank; otherwise, in a spawned rank, each would import torch again.
+    """Return a DataLoader. Its worker processes, if any, ignore Ctrl-C: their rank handles it.
+
+    A `collate_fn` of your own must not drop items, as all ranks need equally large batches.
+    New workers are started for each epoch: persistent_workers would keep their copy of the
+    data set, which never sees what `set_epoch` changes.
+    """
+    # With "fork", which is safe on Linux only, a worker starts as a copy of its rank. With
+    # "spawn" it would be a new Python, which imports torch for seconds.
     forks = LOADER_WORKERS > 0 and sys.platform == "linux"
     return DataLoader(
         dataset,
@@ -167,168 +219,7 @@ def make_loader(
         sampler=sampler,
         num_workers=LOADER_WORKERS,
         multiprocessing_context="fork" if forks else None,
-        worker_init_fn=ignore_stop_signals,
-        # From pinned memory, copies to a GPU do not make the CPU wait.
+        worker_init_fn=utils.ignore_stop_signals,
+        # From pinned memory, which stays in place, copies to a GPU do not make the CPU wait.
         pin_memory=torch.cuda.is_available(),
     )
-
-
-# ================================================================ MNIST's files (skip at first)
-# Nothing below is needed for a data set of your own.
-
-FILES = [
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-]
-SAMPLE_DIR = Path(__file__).resolve().parent / "tests" / "mnist_sample"
-SOCKET_SECONDS = 10  # How long a mirror may send nothing.
-OTHER_DATASETS = {"MNIST", "FashionMNIST", "KMNIST", "EMNIST", "QMNIST"} - {DATASET}
-# What torchvision and urllib raise where the network, not the disk, is to blame. torchvision
-# raises RuntimeError if no mirror works, or if a proxy answers with a page of its own.
-NETWORK_ERRORS = (
-    RuntimeError,
-    URLError,
-    TimeoutError,
-    ConnectionError,
-    HTTPException,
-)
-
-
-def raw_folder(data_dir: Path) -> Path:
-    """Return the folder in which torchvision looks for the files."""
-    return data_dir / DATASET / "raw"
-
-
-def has_all_files(data_dir: Path) -> bool:
-    """Return whether all four files are in place."""
-    return all((raw_folder(data_dir) / name).is_file() for name in FILES)
-
-
-def read(root: Path, train: bool) -> tuple[Tensor, Tensor]:
-    """Return images, uint8 [N, 28, 28], and labels, int64 [N]; raises UserError."""
-    # torchvision takes as long to import as torch. The process that only spawns the ranks
-    # does not need it.
-    from torchvision import datasets  # type: ignore[import-untyped]
-
-    raw = raw_folder(root)
-    try:
-        dataset = getattr(datasets, DATASET)(root, train=train)
-        images = dataset.data
-        labels = dataset.targets
-        # torchvision does not compare them with each other.
-        if len(images) != len(labels) or labels.max() > 9:
-            found = f"{len(images)} images, {len(labels)} labels up to {labels.max()}"
-            raise ValueError(f"{found}; needed: equally many, labels from 0 to 9")
-    except Exception as error:  # noqa: BLE001 (damaged files can raise anything)
-        kind = "training" if train else "test"
-        problem = f"the {kind} set in {raw} cannot be read ({first_line(error)})"
-        fix = f"rename {raw} and rerun with a network, or put good files there"
-        raise UserError(f"{problem}: {fix}")
-    return images, labels
-
-
-def download_if_absent(data_dir: Path) -> None:
-    """Download the four files if none of them is there.
-
-    Without a network, warn that the bundled sample is used. Files that are there but cannot
-    be used raise UserError: nobody who has data wants to train on a sample.
-    """
-    raw = raw_folder(data_dir)
-    try:
-        if has_all_files(data_dir):
-            return
-        refuse_unusable_folders(data_dir)
-        if not interrupted_downloads(raw):
-            refuse_misplaced_files(data_dir)
-        raw.mkdir(parents=True, exist_ok=True)
-        with locked(raw) as can_lock:
-            # Without a lock, they could be another run's.
-            if can_lock:
-                for leftover in interrupted_downloads(raw):
-                    shutil.rmtree(leftover)
-            # Another run may have been faster.
-            if not has_all_files(data_dir):
-                fetch(raw)
-    except OSError as error:
-        fix = "make it usable, or choose another --data_dir"
-        raise UserError(f"cannot use the data folder {data_dir} ({error}): {fix}")
-
-
-def refuse_unusable_folders(data_dir: Path) -> None:
-    """Raise UserError or OSError if a folder is there but cannot be looked into."""
-    for folder in data_dir, data_dir / DATASET, raw_folder(data_dir):
-        if folder.is_symlink() and not folder.exists():
-            target = os.readlink(folder)
-            fix = "mount or create it, or choose another --data_dir"
-            raise UserError(f"{folder} leads to {target}, which is not there: {fix}")
-        with contextlib.suppress(FileNotFoundError):
-            # With the dot, this also needs the right to enter the folder.
-            os.listdir(f"{folder}/.")
-
-
-def refuse_misplaced_files(data_dir: Path) -> None:
-    """Raise UserError if files of this data set seem to be there, but not as torchvision has them."""
-    # At most two folders down, and some likely places below: this may be a huge disk.
-    patterns = ["*ubyte*", "*/*ubyte*", "*/*/*ubyte*", f"*/{DATASET}/raw/*ubyte*"]
-    patterns.append(f"{DATASET}/raw/*/*ubyte*")
-    raw = raw_folder(data_dir)
-    for pattern in patterns:
-        for name in sorted(glob.glob(pattern, root_dir=data_dir)):
-            file = data_dir / name
-            if file.parent.name == "raw" and file.parent.parent.name in OTHER_DATASETS:
-                continue
-            if has_all_files(data_dir):
-                return  # Another run has just downloaded them.
-            problem = f"{file} was found, but {DATASET} is not complete in {raw}"
-            raise UserError(f"{problem}: it needs {', '.join(FILES)}, unpacked")
-
-
-def interrupted_downloads(raw: Path) -> list[Path]:
-    """Return what a killed download has left, or what another run downloads at the moment."""
-    return list(raw.glob(".download-*"))
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Wait until no other run has locked a folder; provide whether this disk can lock."""
-    import fcntl  # Windows lacks it.
-
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        # lockf would need the right to write, with which no folder can be opened.
-        fcntl.flock(directory, fcntl.LOCK_EX)
-        can_lock = True
-    except OSError:
-        can_lock = False
-    try:
-        yield can_lock
-    finally:
-        os.close(directory)
-
-
-def fetch(raw: Path) -> None:
-    """Have torchvision download the files; warn without a network. Raises OSError."""
-    from torchvision import datasets
-
-    seconds = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SOCKET_SECONDS)
-    try:
-        # It is inside the target, and so on the same disk, even if the target is a link.
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=raw) as folder:
-            getattr(datasets, DATASET)(folder, download=True)
-            for name in FILES:
-                os.replace(raw_folder(Path(folder)) / name, raw / name)
-    except NETWORK_ERRORS as error:
-        problem = f"{DATASET} could not be downloaded ({first_line(error)})"
-        if not has_all_files(SAMPLE_DIR):
-            fix = f"rerun with a network, or put {', '.join(FILES)} in {raw}"
-            raise UserError(f"{problem}: {fix}")
-        warn(
-            f"{problem}.\n"
-            "This uses THE BUNDLED SAMPLE of 10,000 digits of MNIST, which is less accurate. "
-            f"For all,\nrerun with a network or put {', '.join(FILES)} in {raw}"
-        )
-    finally:
-        socket.setdefaulttimeout(seconds)

@@ -5,27 +5,42 @@ examples:
   python train_ddp.py --world_size 2
 """
 
-# Several processes train together. Each has a copy of the model and a share of each batch.
+# Several processes train together. Each has memory of its own, and in it a copy of the model. Each
+# runs `train` below, on its own images. In each backward pass they average their gradients, so
+# that the copies stay equal.
 #
 # rank: the number of a process, from 0; also the process itself ("all ranks wait").
-# world size: the number of processes.
-# local rank: the number of a process on its machine; it chooses the GPU.
-# launcher: the program that starts the processes: torchrun, or this script itself.
-# process group: the processes that have met, and can now send one another messages.
-# backend: the library that carries the messages: gloo between CPUs, nccl between NVIDIA GPUs.
-# collective: an operation that all ranks must call, in the same order.
-# all-reduce: the collective that adds up a tensor of all ranks, and gives each the sum. DDP
-#     does that with the gradients, and divides by the world size: each gets the mean.
-# bucket: several gradients that DDP sends in one message.
+# world size: the number of ranks.
 # global batch: the images of all ranks in one step: batch_size * world_size of them.
+# local rank: the number of a process on its machine; it chooses the GPU.
+# launcher: what starts the ranks, torchrun or this script; it sets RANK, LOCAL_RANK, WORLD_SIZE.
+# process group: the ranks that have met. torch keeps it in a global variable.
+# backend: the library that carries their messages: gloo between CPUs, nccl between NVIDIA GPUs.
+# collective: an operation that all ranks must call, in the same order, as each waits for the
+#     others. A rank that takes one step more waits in vain, until utils.TIMEOUT.
+# all-reduce: the collective that overwrites a tensor of each rank by the sum of all of them.
+# broadcast, all-gather, barrier: one rank's value for all; all values for all; only waiting.
+# DDP: DistributedDataParallel, which all-reduces gradients, and divides them by the world size.
+#
+# Seven steps turn a plain training script into one for DDP. `train` takes them in this order:
+#
+# 1. Join the other ranks:                            init_distributed()
+# 2. One rank of each machine downloads the data:     load_on_every_rank(args)
+# 3. Wrap the model:                                  DistributedDataParallel(model)
+# 4. Deal the images out to the ranks:                ResumableSampler(train_set)
+# 5. Deal them out anew in each epoch:                sampler.set_epoch(epoch)
+# 6. Train, and add up the losses of all ranks:       train_epoch(...)
+# 7. Rank 0 saves, and the others wait for it:        save(run)
 
-import argparse
+import copy
 import math
 import os
 import signal
 import sys
 import time
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +48,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader, Subset
@@ -40,42 +56,37 @@ from torch.utils.data import DataLoader, Subset
 import utils
 from data import ResumableSampler, SizedDataset, load_data, make_loader
 from model import ConvNet
-from utils import (
-    FolderLock,
-    RankInfo,
-    ReportedElsewhere,
-    UserError,
-    gather,
-    print0,
-    raise_on_all_ranks,
-)
+from utils import any_rank, broadcast, call_on, gather, print0
 
 LABEL_SMOOTHING = 0.1
 # During this fraction of the training the learning rate rises; then it falls.
 WARM_UP = 0.2
-# Every so many steps the ranks add up their losses, and find out whether one of them was asked
-# to stop. torchrun kills them 30 s after it has asked: these steps and a save must fit into that.
+# After so many steps the ranks add up their losses, and learn whether one has been asked to stop.
+# torchrun asks ranks to stop, and kills them 30 s later: the steps and a save must take less.
 SYNC_EVERY = 10
-# Every so many steps the loss is printed.
-LOG_EVERY = 200
+# A line about steps is printed when this time has passed, however long a step takes.
+LOG_SECONDS = 5
 
 
 @dataclass
 class Progress:
     """How far the training is. A checkpoint stores all of it.
 
-    epoch: the number of finished epochs.
-    images_done: the number of images of the current epoch that all ranks together have trained
-        on. In contrast to a number of batches, it is valid for any world size.
+    epoch: the number of epochs that have been trained.
+    images_done: the images of the current epoch that all ranks together have trained on. In
+        contrast to a number of batches, it is valid for any world size.
     step: the number of optimizer steps since the start.
-    loss_sum: the sum of the losses of these images.
-    history: a record for each finished epoch.
+    seconds: how long the current epoch has been trained.
+    loss_sum, loss_count: the sum and the number of its images' losses, as far as added up.
+    history: a record for each epoch that has been trained.
     """
 
     epoch: int = 0
     images_done: int = 0
     step: int = 0
+    seconds: float = 0.0
     loss_sum: float = 0.0
+    loss_count: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -83,619 +94,593 @@ class Progress:
 class Run:
     """One training: what it was started with, and what changes.
 
+    data_name: the data set and its sizes. A checkpoint is only resumed with the same.
     model: the model itself, not wrapped in DDP.
-    lock: the lock of the checkpoint folder, which rank 0 holds.
     """
 
-    args: argparse.Namespace
+    args: Namespace
     device: torch.device
     data_name: str
     train_size: int
     model: nn.Module
     optimizer: Optimizer
-    lock: FolderLock
-    progress: Progress
+    progress: Progress = field(default_factory=Progress)
+    buckets_are_settled: bool = False  # See `settle_buckets`.
+    next_line: float = 0.0  # See `print_at_times`.
 
 
-def train(args: argparse.Namespace, info: RankInfo, lock: FolderLock) -> int:
-    """Train as one rank. Return 0, or the exit code of a process that was asked to stop.
+@record  # With it, torchrun shows the traceback of the rank that has failed first.
+def train(args: Namespace) -> int | None:
+    """Train as one rank; return the number of the first stop signal, or None without any."""
+    # Step 1: join the other ranks. The launcher has started them; all run these same lines.
+    device = utils.init_distributed()
+    args = share_flags(args)
+    # call_on(condition, function, argument): ranks for which the condition is true call the
+    # function, the others wait. Here rank 0 makes sure that no other run uses the folder.
+    call_on(dist.get_rank() == 0, utils.lock_folder, args.checkpoint_dir)
 
-    If one rank finds a problem, all ranks raise it as UserError, so that none waits for ever.
-    """
-    # 1. Join the other ranks. From here on, all of them do the same, at the same time.
-    device = utils.join_process_group(info)
-    lock_on_rank0(lock)
-    data_name, train_set, test_set = load_on_every_rank(args.data_dir)
-    train_size = len(train_set)
-    check_that_ranks_agree(args, data_name)
-    check_sizes(train_size, len(test_set))
-    if args.lr is None:
-        args.lr = default_learning_rate(args, train_size)
+    # Step 2: one rank of each machine downloads the data; then all of them read it.
+    data_name, train_set, test_set = load_on_every_rank(args)
 
-    # 2. Create the model. The seed makes a run repeatable. DDP itself does not need it: it
-    # copies rank 0's weights to all ranks.
+    # As in a plain script. The seed makes a run repeatable; DDP copies rank 0's weights anyway.
     torch.manual_seed(args.seed)
-    model = ConvNet().to(device)
-    # This is the faster memory layout for convolutions.
-    model = model.to(memory_format=torch.channels_last)
-    # train_epoch sets the learning rate before each step.
-    optimizer = AdamW(model.parameters(), betas=(0.8, 0.95), fused=True)
-
-    # 3. Load the newest checkpoint, if there is one, into `run`.
-    progress = Progress()
-    run = Run(args, device, data_name, train_size, model, optimizer, lock, progress)
+    model = build_model(train_set).to(device)
+    if args.lr is None:
+        args.lr = default_learning_rate(args, len(train_set))
+    optimizer = build_optimizer(model, args.lr)
+    run = Run(args, device, data_name, len(train_set), model, optimizer)
+    # The newest checkpoint, if there is one, replaces weights, optimizer state and progress.
     resumed_from = resume(run)
     report_start(run, resumed_from)
 
-    # Steps 4 and 5 are in train_epochs.
-    if run.progress.epoch < args.epochs:
-        exit_code = train_epochs(run, train_set, test_set)
-    else:
-        report_finished(run)
-        exit_code = 0
+    # Step 3: wrap the model. `ddp` has no copy of it: they share their weights. The backward
+    # pass of what ddp(...) returns also averages the gradients over the ranks.
+    # (DDP sends gradients in large tensors, buckets. Here each gradient is a part of its bucket.)
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
-    # 6. Leave the other ranks.
-    dist.destroy_process_group()
-    return exit_code
-
-
-def train_epochs(run: Run, train_set: SizedDataset, test_set: SizedDataset) -> int:
-    """Train all epochs that are left, or until a stop signal; return the exit code."""
-    args = run.args
-    progress = run.progress
-    # 4. Wrap the model. From here on, each backward pass also averages the gradients over the
-    # ranks, so that all take the same step and their weights stay equal.
-    # (gradient_as_bucket_view saves the memory of a second copy of the gradients.)
-    ddp = DistributedDataParallel(run.model, gradient_as_bucket_view=True)
-    # Only needed so that a resumed training equals an uninterrupted one to the last bit.
-    settle_buckets(ddp, test_set)
+    # Step 4: deal the images out. Each rank loads its own share of them.
     sampler = ResumableSampler(train_set, seed=args.seed)
     loader = make_loader(train_set, args.batch_size, sampler)
 
-    # 5. Train epoch by epoch. A stop signal, such as Ctrl-C, does not end the process here: it
-    # is only added to a list.
-    with utils.catch_stop_signals() as received_signals:
-        while progress.epoch < args.epochs:
-            # Without set_epoch, each epoch would repeat the order of the first.
-            sampler.set_epoch(progress.epoch, start=progress.images_done)
+    # A signal is a number that the system sends to a process, SIGINT for Ctrl-C, for example. It
+    # would end the process. Here `stop` only notes it, until all ranks can save together.
+    with utils.catch_stop_signals() as stop:
+        # An earlier process may have been stopped before it had evaluated its last epoch.
+        evaluate_last_epoch(run, test_set)
+        while not is_finished(run):
+            # Step 5: without set_epoch, each epoch would repeat the order of the first.
+            sampler.set_epoch(run.progress.epoch, start=run.progress.images_done)
             if hasattr(train_set, "set_epoch"):
                 # Random changes of the images, too, are drawn anew for each epoch.
-                train_set.set_epoch(args.seed, progress.epoch)
-            started = time.perf_counter()
-            images_before = progress.images_done
-            if not train_epoch(run, ddp, loader, received_signals):
-                # Rank 0 writes the model (not `ddp`) to a file; the others wait for that.
-                path = save(run)
-                print0(f"stopped; {path} has all progress: rerun to resume")
-                return utils.code_of_stop(received_signals)
-            seconds = time.perf_counter() - started
-            images_per_second = (progress.images_done - images_before) / seconds
-            results = evaluate(run, test_set)
-            record = record_of_epoch(run, results, seconds, images_per_second)
-            # The next epoch begins.
-            progress.history.append(record)
-            progress.epoch += 1
-            progress.images_done = 0
-            progress.loss_sum = 0.0
+                train_set.set_epoch(run.progress.epoch)
+            # Step 6: train to the end of the epoch, or until a rank is asked to stop.
+            train_epoch(run, ddp, loader, stop)
+            # Step 7: rank 0 saves, before the evaluation, which may fail or take long.
             path = save(run)
-            report_epoch(run, path)
-    return 0
+            # Whether `train_epoch` has ended early, or a signal has come since then.
+            if any_rank(stop.is_requested):
+                print0(f"stopped; {path} has all progress: rerun to resume")
+                # If only another rank got a signal, this one ends as if it had got one.
+                stop.number = stop.number or signal.SIGTERM
+                break
+            evaluate_last_epoch(run, test_set)
+    dist.destroy_process_group()
+    return stop.number
+
+
+# ---------------------------------------------------------------- what you may want to replace
+
+
+def build_model(train_set: SizedDataset) -> nn.Module:
+    """Return a new model. One of your own may need `train_set`, to count its classes."""
+    return ConvNet()
+
+
+def build_optimizer(model: nn.Module, peak: float) -> Optimizer:
+    """Return the optimizer; each group of parameters may have a peak learning rate of its own."""
+    return AdamW(model.parameters(), lr=peak, betas=(0.8, 0.95), fused=True)
+
+
+def compute_loss(
+    model: nn.Module, batch: Any, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the mean loss of a batch, float32 [], and which predictions are right, bool [B].
+
+    `model` is `ddp` in training, and the model itself in evaluation. Nothing else knows what a
+    batch, an output or the loss is.
+    """
+    images, labels = batch
+    images = images.to(device, non_blocking=True)
+    labels = labels.to(device, non_blocking=True)
+    logits = model(images)
+    # The test loss is not smoothed, so it is smaller than the train loss.
+    smoothing = LABEL_SMOOTHING if model.training else 0.0
+    loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    return loss, logits.argmax(1) == labels
+
+
+# ---------------------------------------------------------------- training and evaluation
 
 
 def train_epoch(
     run: Run,
     ddp: DistributedDataParallel,
     loader: DataLoader,
-    received_signals: list[int],
-) -> bool:
-    """Train to the end of the epoch, or until a rank is asked to stop; then return False.
+    stop: utils.StopRequest,
+) -> None:
+    """Train to the end of the epoch, or until a rank has been asked to stop.
 
-    All ranks return after the same step: a rank that trained on alone would wait for the
-    others for ever. Raises UserError on all ranks if the sum of their losses is not finite.
+    All ranks return after the same step: one that trained on alone would wait in vain.
     """
     args = run.args
     progress = run.progress
-    # settle_buckets and evaluate leave the model in eval mode.
+    # `evaluate` leaves the model in eval mode.
     ddp.train()
-    # The losses of this rank that are not yet in progress.loss_sum.
-    losses: list[Tensor] = []
-    for images, labels in loader:
-        # The ranks' batches are equally large.
-        global_batch = args.world_size * len(labels)
+    # The sum of this rank's losses since the last `add_up_losses`, and their number. In float64
+    # sums are not rounded, so a stop, which adds them up earlier, does not change the result.
+    own_sums = torch.zeros(2, dtype=torch.float64, device=run.device)
+    # After a resume, the seconds of an earlier process count, too.
+    started = time.monotonic() - progress.seconds
+    for number, batch in enumerate(loader, start=1):
+        if not run.buckets_are_settled:
+            # Only so that a resumed training equals, to the last bit, one that never stopped.
+            settle_buckets(run, ddp, batch)
+        global_batch = min(args.batch_size * args.world_size, images_left(run))
         set_learning_rate(run, global_batch)
-        losses.append(train_step(run, ddp, images, labels))
+        own_sums += train_step(run, ddp, batch)
         progress.images_done += global_batch
         progress.step += 1
+        progress.seconds = time.monotonic() - started
 
         is_saving = args.save_every is not None and progress.step % args.save_every == 0
-        is_logging = progress.step % LOG_EVERY == 0
-        # The sampler leaves out the last images, if they are too few for all ranks.
-        is_last = run.train_size - progress.images_done < args.world_size
-        # Before saving or printing, the losses of all ranks up to this step are needed.
-        if is_saving or is_logging or is_last or progress.step % SYNC_EVERY == 0:
-            must_stop = add_up_losses_and_signals(progress, losses, received_signals)
-            losses.clear()
-            if must_stop:
-                return False
+        is_last = images_left(run) == 0
+        # After batches 1, 11, 21 and so on of this call; `number` is the same on all ranks.
+        if is_saving or is_last or (number - 1) % SYNC_EVERY == 0:
+            add_up_losses(progress, own_sums)
+            if any_rank(stop.is_requested):
+                return
         if is_saving:
             save(run)
-        if is_logging:
-            mean_loss = progress.loss_sum / progress.images_done
-            print0(f"step {progress.step}  train loss {mean_loss:.4f}")
-    return True
+        report_step(run)
+    end_epoch(progress)
 
 
-def train_step(
-    run: Run, ddp: DistributedDataParallel, images: Tensor, labels: Tensor
-) -> Tensor:
-    """Take one step; return the summed loss of this rank's images, float32 [], on the device."""
-    images = images.to(run.device, non_blocking=True)
-    labels = labels.to(run.device, non_blocking=True)
-    loss = F.cross_entropy(ddp(images), labels, label_smoothing=LABEL_SMOOTHING)
-    # Here DDP averages the gradients over the ranks. As their batches are equally large, in
-    # the last step too, that is the mean over all images of the step.
-    loss.backward()
+def train_step(run: Run, ddp: DistributedDataParallel, batch: Any) -> Tensor:
+    """Take one step; return what `compute_gradients` returns."""
+    loss_and_count = compute_gradients(run, ddp, batch)
+    # The gradients are the same on all ranks now, and so will be the step.
+    # (Here is the place to clip them, without any communication.)
+
     run.optimizer.step()
     run.optimizer.zero_grad()
-    # .item() here would make the CPU wait for the GPU in each step.
-    return loss.detach() * len(labels)
+    return loss_and_count
 
 
-def add_up_losses_and_signals(
-    progress: Progress, losses: list[Tensor], received_signals: list[int]
-) -> bool:
-    """Add the losses of all ranks to the progress; return whether any rank has to stop.
+def compute_gradients(run: Run, ddp: DistributedDataParallel, batch: Any) -> Tensor:
+    """Compute gradients; return the sum of this rank's losses and their number, [2].
 
-    Waits for all ranks. DDP averages gradients, never the loss: without this, rank 0 would
-    report its own. The same message carries the stop signals, as one message is cheaper than
-    two, and so that all ranks learn of a signal after the same step.
+    It is a function of its own because `settle_buckets` needs gradients without a step.
     """
-    # float64 has 29 bits more than float32, so that this sum of a few thousand numbers is not
-    # rounded. Then it does not matter after which steps the losses are added up.
-    own_loss = torch.stack(losses).sum(dtype=torch.float64)
-    signal_count = own_loss.new_tensor(len(received_signals))
-    sums = torch.stack([own_loss, signal_count])
-    dist.all_reduce(sums)
-    loss_sum, signals_of_all_ranks = sums.tolist()
+    loss, is_right = compute_loss(ddp, batch, run.device)
+    # DDP has hooks at the weights, by which it averages each gradient over the ranks. As their
+    # batches are equally large, in the last step too, that is the mean over all images.
+    loss.backward()
+    # Both stay on the device: loss.item() would make the CPU wait for the GPU in each step.
+    count = torch.full_like(loss, len(is_right))
+    return torch.stack([loss.detach() * count, count])
+
+
+def add_up_losses(progress: Progress, own_sums: Tensor) -> None:
+    """Wait for all ranks; add their losses to the progress, and set own_sums to 0.
+
+    DDP averages gradients, never the loss: without this, rank 0 would report its own. Exits if
+    the sum is not finite, or if the ranks had batches of different sizes.
+    """
+    dist.all_reduce(own_sums)
+    loss_sum, count = own_sums.tolist()
+    own_sums.zero_()
     if not math.isfinite(loss_sum):
-        raise UserError(f"the loss is {loss_sum} by step {progress.step}: lower --lr")
+        problem = f"the loss is {loss_sum} by step {progress.step}: lower --lr"
+        utils.exit_together(problem)
     progress.loss_sum += loss_sum
-    return signals_of_all_ranks > 0
+    progress.loss_count += int(count)
+    if progress.loss_count != progress.images_done:
+        numbers = f"{progress.loss_count} instead of {progress.images_done} images"
+        utils.exit_together(f"{numbers}: the ranks need equally large batches")
+
+
+@torch.no_grad()
+def evaluate(run: Run, test_set: SizedDataset) -> dict[str, float]:
+    """Wait for all ranks; return test_loss (not smoothed) and test_accuracy of the test set."""
+    # The model itself, not `ddp`, whose forward pass may be a collective (it sends rank 0's
+    # batch norm statistics). A rank with one batch more than the others would wait in vain.
+    model = run.model
+    model.eval()
+    # The statistics of a batch norm differ from rank to rank. (ConvNet has none.) The checkpoint
+    # has those of rank 0.
+    for buffer in model.buffers():
+        dist.broadcast(buffer, src=0)
+    # Each image is used once. A DistributedSampler would repeat images until the ranks' shares
+    # are equally large, and the accuracy would depend on the world size.
+    own_items = range(dist.get_rank(), len(test_set), dist.get_world_size())
+    own_share = Subset(test_set, own_items)
+    sums = torch.zeros(2, dtype=torch.float64, device=run.device)
+    loader = make_loader(own_share, run.args.batch_size)
+    for number, batch in enumerate(loader, start=1):
+        print_at_times(run, f"evaluating batch {number}/{len(loader)}")
+        loss, is_right = compute_loss(model, batch, run.device)
+        sums[0] += loss * len(is_right)
+        sums[1] += is_right.sum()
+    dist.all_reduce(sums)
+    loss, accuracy = (sums / len(test_set)).tolist()
+    return {"test_loss": loss, "test_accuracy": accuracy}
+
+
+def evaluate_last_epoch(run: Run, test_set: SizedDataset) -> None:
+    """Evaluate after an epoch, save again, with the results, and print them.
+
+    Does nothing if there is no epoch yet, or if it has been evaluated already.
+    """
+    history = run.progress.history
+    if not history or "test_accuracy" in history[-1]:
+        return
+    results = evaluate(run, test_set)
+    history[-1].update(results)
+    path = save(run)
+    report_epoch(run, path)
+
+
+# ---------------------------------------------------------------- how far the training is
+
+
+def is_finished(run: Run) -> bool:
+    """Return whether nothing is left to train; the same on all ranks."""
+    return run.progress.epoch >= run.args.epochs
+
+
+def images_left(run: Run) -> int:
+    """Return how many images of the current epoch are still to be trained on.
+
+    The last ones of an epoch, fewer than there are ranks, go unused.
+    """
+    left = run.train_size - run.progress.images_done
+    return left - left % run.args.world_size
+
+
+def end_epoch(progress: Progress) -> None:
+    """Keep a record of the epoch that has been trained, and begin the next one."""
+    results = {
+        "epoch": progress.epoch + 1,
+        "step": progress.step,
+        "train_loss": progress.loss_sum / progress.loss_count,
+        "seconds": progress.seconds,
+        "images_per_second": progress.images_done / progress.seconds,
+    }
+    progress.history.append(results)
+    progress.epoch += 1
+    progress.images_done = 0
+    progress.seconds = 0.0
+    progress.loss_sum = 0.0
+    progress.loss_count = 0
 
 
 def set_learning_rate(run: Run, global_batch: int) -> None:
-    """Set the learning rate of the next step.
+    """Set the learning rates of the next step: each group's own peak, times one factor.
 
-    It is computed from the number of images, so there is no scheduler to save and restore.
+    The factor follows from the number of images seen, so there is no scheduler to save and
+    restore. It rises to 1 and falls to 0: after 10% of the training it is 0.5, after 20% it is
+    1, after 60% it is 0.5 again.
     """
     progress = run.progress
     images_seen = progress.epoch * run.train_size + progress.images_done
     # The middle of the step counts, so that neither the first nor the last one has a rate of 0.
     middle_of_step = images_seen + global_batch / 2
     fraction_done = middle_of_step / (run.args.epochs * run.train_size)
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(fraction_done, run.args.lr)
-
-
-def learning_rate(fraction_done: float, peak: float) -> float:
-    """Return the learning rate after a fraction of the training: up, then down to 0."""
     rising = fraction_done / WARM_UP
     falling = (1 - fraction_done) / (1 - WARM_UP)
-    return peak * min(rising, falling)
+    factor = min(rising, falling)
+    for group in run.optimizer.param_groups:
+        # Before the first step, the rate is the one with which the group was built.
+        peak = group.setdefault("initial_lr", group["lr"])
+        group["lr"] = peak * factor
 
-
-@torch.inference_mode()
-def evaluate(run: Run, test_set: SizedDataset) -> dict[str, float]:
-    """Wait for all ranks; return test_loss (not smoothed) and test_accuracy of the test set."""
-    # The model itself, not `ddp`, whose forward pass can send messages (the statistics of a
-    # batch norm). A rank with one batch more than the others would wait for these for ever.
-    model = run.model
-    model.eval()
-    # Each image is used once. A DistributedSampler would repeat images until the ranks' shares
-    # are equally large, and the accuracy would depend on the world size.
-    own_items = range(dist.get_rank(), len(test_set), dist.get_world_size())
-    own_share = Subset(test_set, own_items)
-    sums = torch.zeros(2, dtype=torch.float64, device=run.device)
-    for images, labels in make_loader(own_share, run.args.batch_size):
-        logits = model(images.to(run.device, non_blocking=True))
-        labels = labels.to(run.device, non_blocking=True)
-        sums[0] += F.cross_entropy(logits, labels, reduction="sum")
-        sums[1] += (logits.argmax(1) == labels).sum()
-    dist.all_reduce(sums)
-    loss, accuracy = (sums / len(test_set)).tolist()
-    return {"test_loss": loss, "test_accuracy": accuracy}
-
-
-# ================================================================ skip at first
 
 # ---------------------------------------------------------------- before the first step
 
 
-def lock_on_rank0(lock: FolderLock) -> None:
-    """Have rank 0 lock the checkpoint folder, as two runs must not write to the same one.
+def share_flags(args: Namespace) -> Namespace:
+    """Wait for all ranks; return rank 0's flags, with the folders of this machine.
 
-    Waits for all ranks. Raises UserError on all ranks if another run has locked it.
+    Without this, a machine that was started with other flags would take other steps.
     """
-    with raise_on_all_ranks():
-        if dist.get_rank() == 0:
-            lock.claim()
+    shared = broadcast(args)
+    shared.data_dir = args.data_dir
+    shared.checkpoint_dir = args.checkpoint_dir
+    return shared
 
 
-def load_on_every_rank(data_dir: Path) -> tuple[str, SizedDataset, SizedDataset]:
-    """Wait for all ranks; return what load_data returns.
+def load_on_every_rank(args: Namespace) -> tuple[str, SizedDataset, SizedDataset]:
+    """Wait for all ranks; return what load_data returns, with the sizes in the name.
 
     The first rank of each machine downloads. All at once would damage the files.
     """
-    is_first = utils.is_first_on_machine()
-    with raise_on_all_ranks():
-        if is_first:
-            loaded = load_data(data_dir, download=True)
-    with raise_on_all_ranks():
-        if not is_first:
-            loaded = load_data(data_dir, download=False)
-    return loaded
+    is_first = utils.local_rank() == 0
+    folder = args.data_dir
+    # The last argument says whether to download.
+    loaded_first = call_on(is_first, load_data, folder, args.seed, True)
+    loaded_later = call_on(not is_first, load_data, folder, args.seed, False)
+    # On each rank, one of them is None.
+    name, train_set, test_set = loaded_first or loaded_later
+    name = f"{name}, {len(train_set)} + {len(test_set)} items"
+    names = sorted(set(gather(name)))
+    if len(names) > 1:
+        problem = f"the ranks have different data: {'; '.join(names)}"
+        utils.exit_together(f"{problem}: put the same into each --data_dir")
+    if len(train_set) < args.world_size:
+        utils.exit_together(f"fewer training items than ranks: {name}")
+    return name, train_set, test_set
 
 
-def check_that_ranks_agree(args: argparse.Namespace, data_name: str) -> None:
-    """Wait for all ranks; raise UserError on all if they were started differently.
-
-    Each machine has a command line and a disk of its own.
-    """
-    own = {f"data {data_name}"}
-    for name, value in vars(args).items():
-        # The folders may differ from machine to machine.
-        if not name.endswith("_dir"):
-            own.add(f"{name} {value}")
-    everybody = gather(own)
-    differences = sorted(set.union(*everybody) - set.intersection(*everybody))
-    if differences:
-        raise UserError(f"start all ranks alike, not with {', '.join(differences)}")
-
-
-def check_sizes(train_size: int, test_size: int) -> None:
-    """Raise UserError, on all ranks, if there are too few images."""
-    world_size = dist.get_world_size()
-    if train_size < world_size:
-        problem = f"{world_size} ranks, but {train_size} training images"
-        raise UserError(f"{problem}: start fewer")
-    if test_size == 0:
-        raise UserError("the test set is empty")
-
-
-def default_learning_rate(args: argparse.Namespace, train_size: int) -> float:
+def default_learning_rate(args: Namespace, train_size: int) -> float:
     """Return the peak learning rate that suits the global batch.
 
-    It grows with the square root of the batch, whose gradient has less noise. It stops at 256
-    images: a larger rate gained nothing on a split of the training set (see tests/README.md).
-    With thousands of images per step there are so few steps that the training then failed.
+    It grows with the square root of the batch, as the gradient of a larger one has less noise,
+    up to 256 images. Beyond, larger rates gained nothing, or failed (see tests/README.md).
     """
     global_batch = min(args.batch_size * args.world_size, train_size)
     return 0.01 * math.sqrt(min(global_batch, 256) / 128)
 
 
-def settle_buckets(ddp: DistributedDataParallel, test_set: SizedDataset) -> None:
-    """Run one backward pass, so that DDP learns in which order the gradients come.
+def settle_buckets(run: Run, ddp: DistributedDataParallel, batch: Any) -> None:
+    """Compute gradients and throw them away, so that DDP learns in which order they come.
 
-    In its next forward pass, DDP sorts its buckets by that order, with which the sums over
-    three ranks or more round differently. Without this, the first step after a resume would
-    differ from that of an uninterrupted training. Waits for all ranks.
+    After the first backward pass of a process, DDP sorts the gradients into other buckets, by
+    which the order of its sums depends. With three ranks or more, another order is rounded
+    differently: (a + b) + c may differ from a + (b + c). With this, neither a new nor a resumed
+    training takes a step with the first buckets.
     """
-    image, _ = test_set[0]
-    images = image.unsqueeze(0).to(next(ddp.parameters()).device)
-    # In train mode, a batch norm would take this image into its statistics.
-    ddp.eval()
-    ddp(images).sum().backward()
-    ddp.zero_grad()
+    buffers = [buffer.clone() for buffer in run.model.buffers()]
+    # The model may change its input in place, and the batch is needed once more.
+    compute_gradients(run, ddp, copy.deepcopy(batch))
+    run.optimizer.zero_grad()
+    # A batch norm, for example, has taken the batch into its statistics.
+    with torch.no_grad():
+        for buffer, before in zip(run.model.buffers(), buffers):
+            buffer.copy_(before)
+    run.buckets_are_settled = True
 
 
-# ---------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------- saving and resuming
 
 
 def save(run: Run) -> Path:
     """Wait until rank 0 has written a checkpoint; return its path.
 
-    Nobody leaves before it is written: when one rank has left, the launcher ends the others,
-    even rank 0 in mid-save. Raises UserError on all ranks.
+    Nobody leaves before it is written: when one rank has ended by a signal, the launcher ends
+    the others, even rank 0 in mid-save.
     """
     progress = run.progress
-    name = utils.checkpoint_name(progress.epoch, progress.images_done)
+    # A later checkpoint comes later in the alphabet.
+    name = f"epoch{progress.epoch:05d}-image{progress.images_done:09d}.pt"
     path = run.args.checkpoint_dir / name
-    with raise_on_all_ranks():
-        if dist.get_rank() == 0:
-            weights = run.model.parameters()
-            if not all(weight.isfinite().all() for weight in weights):
-                raise UserError("the weights are not finite: rerun with a lower --lr")
-            # The folder may have been deleted, and even be another run's by now.
-            run.lock.claim()
-            utils.save_checkpoint(path, checkpoint_of(run), run.args.keep)
+    # The last loss was computed before the last step, so it says nothing of the new weights.
+    if not all(weight.isfinite().all() for weight in run.model.parameters()):
+        utils.exit_together("the weights are not finite: rerun with a lower --lr")
+    is_rank0 = dist.get_rank() == 0
+    call_on(is_rank0, utils.save_checkpoint, path, checkpoint_of(run), run.args.keep)
     return path
 
 
 def checkpoint_of(run: Run) -> dict[str, Any]:
     """Return what a checkpoint holds; its tensors stay on their device."""
     return {
-        "version": utils.VERSION,
         "args": hyperparameters(run.args),
         "data": run.data_name,
         # The model itself is saved. In the state dict of `ddp`, every name begins with
         # "module.", and only a model that is wrapped in DDP could load it.
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
-        "optimizer_class": type(run.optimizer).__name__,
+        "weight_names": weight_names(run),
         "progress": asdict(run.progress),
     }
 
 
-def hyperparameters(args: argparse.Namespace) -> dict[str, Any]:
+def weight_names(run: Run) -> list[str | None]:
+    """Return the names of the weights, in the order in which the optimizer keeps its state."""
+    names = {weight: name for name, weight in run.model.named_parameters()}
+    groups = run.optimizer.param_groups
+    return [names.get(weight) for group in groups for weight in group["params"]]
+
+
+def hyperparameters(args: Namespace) -> dict[str, Any]:
     """Return the flags that decide what is learned."""
-    return {
-        "seed": args.seed,
-        "epochs": args.epochs,
-        "batch_size": args.batch_size,
-        "world_size": args.world_size,
-        "lr": args.lr,
-    }
+    names = "seed", "epochs", "batch_size", "world_size", "lr"
+    return {name: getattr(args, name) for name in names}
 
 
 def resume(run: Run) -> Path | None:
     """Wait for all ranks; load the newest undamaged checkpoint of all machines; return its path.
 
-    Raises UserError on all ranks if it is of another kind of training.
+    Exits if it is of another kind of training.
     """
+    # One rank of each machine reads its folder, as each machine may have its own disk.
     folder = run.args.checkpoint_dir
-    name = ""
-    content = b""
-    is_first = utils.is_first_on_machine()
-    with raise_on_all_ranks():
-        if is_first:
-            name, content = utils.newest_checkpoint(folder)
-    # Rank 0's is not always the newest: when machines join or leave, rank 0 may find itself on
-    # another one, with an empty disk.
+    found = call_on(utils.local_rank() == 0, utils.newest_checkpoint, folder)
+    name, content = found or ("", b"")
+    # Rank 0's is not always the newest: when torchrun restarts the ranks, it may give number 0
+    # to one on another machine, with an empty disk.
     names = gather(name)
     newest = max(names)
     if not newest:
         return None
-    # The rank that has the newest checkpoint sends it to all, in a list of one item.
-    contents = [content]
-    dist.broadcast_object_list(contents, src=names.index(newest))
+    # The rank that has the newest checkpoint sends it to all.
+    content = broadcast(content, source=names.index(newest))
     path = folder / newest
-    saved = utils.decode_checkpoint(path, contents[0])
-    compare_with_saved(run, saved, path)
-    try:
-        run.model.load_state_dict(saved["model"])
-        load_optimizer_state(run.optimizer, saved["optimizer"])
-        run.progress = Progress(**saved["progress"])
-    except (RuntimeError, ValueError, TypeError) as error:
-        problem = f"{path} does not fit: {' '.join(str(error).split())}"
-        raise UserError(f"{problem}: choose another --checkpoint_dir")
+    call_on(True, load_checkpoint, run, path, content)
     return path
 
 
-def load_optimizer_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Load the state of an optimizer, but keep the hyper-parameters that the code has now.
+def load_checkpoint(run: Run, path: Path, content: bytes) -> None:
+    """Load a checkpoint into the run; raises SystemExit if it does not fit."""
+    try:
+        saved = utils.decode_checkpoint(content)
+        compare_with_saved(run, saved)
+        run.model.load_state_dict(saved["model"])
+        # Only the state is loaded: a weight decay, say, that you have changed in the code counts.
+        state = {"state": saved["optimizer"]["state"]}
+        run.optimizer.load_state_dict(run.optimizer.state_dict() | state)
+        run.progress = Progress(**saved["progress"])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        fix = "choose another --checkpoint_dir"
+        raise SystemExit(f"{path} does not fit ({reason}): {fix}")
 
-    Otherwise a change of betas or weight decay in the code would have no effect on a resumed
-    training: load_state_dict overwrites them.
-    """
-    groups_of_the_code = [dict(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
-    for group, group_of_the_code in zip(optimizer.param_groups, groups_of_the_code):
-        group.update(group_of_the_code)
 
-
-def compare_with_saved(run: Run, saved: dict[str, Any], path: Path) -> None:
-    """Raise UserError if another training has been saved; report changed flags."""
+def compare_with_saved(run: Run, saved: dict[str, Any]) -> None:
+    """Raise ValueError if another training has been saved; report changed flags."""
     now = hyperparameters(run.args)
     before = saved["args"]
-    facts = {
-        "data": (saved["data"], run.data_name),
-        "optimizer": (saved["optimizer_class"], type(run.optimizer).__name__),
-        "seed": (before["seed"], now["seed"]),
-    }
-    for name, (fact_before, fact_now) in facts.items():
-        if fact_before != fact_now:
-            difference = f"{path} has {name} {fact_before}, this run has {fact_now}"
-            raise UserError(f"{difference}: choose another --checkpoint_dir")
+    if before["seed"] != now["seed"]:
+        raise ValueError(f"it has seed {before['seed']}, this run has {now['seed']}")
+    if saved["data"] != run.data_name:
+        raise ValueError(f"it has data {saved['data']}, this run has {run.data_name}")
+    # Otherwise the optimizer would take the state of one weight for that of another.
+    if saved["weight_names"] != weight_names(run):
+        raise ValueError(
+            "the optimizer has other weights, or has them in another order"
+        )
     for name, value in now.items():
         # A flag that you have added is not in older checkpoints.
         if before.get(name) != value:
             print0(f"changed    {name} from {before.get(name)} to {value}")
 
 
-# ---------------------------------------------------------------- what is recorded and printed
-
-
-def record_of_epoch(
-    run: Run, results: dict[str, float], seconds: float, images_per_second: float
-) -> dict[str, Any]:
-    """Return what the history keeps of the epoch that has just been trained.
-
-    The seconds are those of this process, which may have resumed in mid-epoch.
-    """
-    progress = run.progress
-    return {
-        **hyperparameters(run.args),
-        "data": run.data_name,
-        "epoch": progress.epoch + 1,
-        "step": progress.step,
-        "train_loss": progress.loss_sum / progress.images_done,
-        **results,
-        "seconds": seconds,
-        "images_per_second": images_per_second,
-    }
-
-
-def report_epoch(run: Run, path: Path) -> None:
-    """Print the record of the last epoch, and where it is saved."""
-    record = run.progress.history[-1]
-    print0(
-        f"epoch {record['epoch']}/{run.args.epochs}  "
-        f"train loss {record['train_loss']:.4f}  test loss {record['test_loss']:.4f}  "
-        f"accuracy {record['test_accuracy']:.2%}  "
-        f"{record['images_per_second']:,.0f} images/s  {record['seconds']:.1f} s  {path}"
-    )
+# ---------------------------------------------------------------- what is printed
 
 
 def report_start(run: Run, resumed_from: Path | None) -> None:
-    """Wait for all ranks; print what is about to be trained, and from where."""
+    """Print what is about to be trained, and from which checkpoint, if any."""
     args = run.args
-    threads = torch.get_num_threads()
-    core_count = sum(len(cores) for cores in usable_cores().values())
-    print0(
-        f"processes  {args.world_size} on {run.device.type}, {threads} thread(s) each, "
-        f"{core_count} CPU core(s) for them"
-    )
+    run.next_line = time.monotonic() + LOG_SECONDS
+    print0(f"processes  {args.world_size} on {run.device.type}")
     print0(f"data       {run.data_name}")
-    print0(
-        f"training   {args.batch_size} images per rank and step, peak lr {args.lr:.3g}"
-    )
+    rate = f"peak lr {args.lr:.3g}"
+    print0(f"training   {args.batch_size} images per rank and step, {rate}")
     if resumed_from is None:
         print0(f"start      from scratch, nothing in {args.checkpoint_dir}")
     else:
         print0(f"start      {resumed_from}")
+    if is_finished(run) and "test_accuracy" in run.progress.history[-1]:
+        accuracy = run.progress.history[-1]["test_accuracy"]
+        print0(f"finished   nothing left to train; test accuracy {accuracy:.2%}")
 
 
-def usable_cores() -> dict[str, set[int]]:
-    """Wait for all ranks; return the cores that they may use, by machine.
-
-    OMP_PROC_BIND, taskset and the like can leave one core to all of them.
-    """
-    if sys.platform == "linux":
-        own_cores = os.sched_getaffinity(0)
-    else:
-        own_cores = set(range(os.cpu_count() or 1))
-    cores: dict[str, set[int]] = {}
-    for machine, usable in gather((utils.machine_name(), own_cores)):
-        cores.setdefault(machine, set()).update(usable)
-    return cores
+def print_at_times(run: Run, text: str) -> None:
+    """Print a line on rank 0, but not more often than every LOG_SECONDS."""
+    now = time.monotonic()
+    if now >= run.next_line:
+        run.next_line = now + LOG_SECONDS
+        print0(text)
 
 
-def report_finished(run: Run) -> None:
-    """Print the result of a training that has nothing left to do, and with what it was trained."""
-    last = run.progress.history[-1]
-    flags = ", ".join(f"{name} {last.get(name)}" for name in hyperparameters(run.args))
+def report_step(run: Run) -> None:
+    """Report steps, train loss, speed and the time left; at times, not after each step."""
+    progress = run.progress
+    global_batch = run.args.batch_size * run.args.world_size
+    images_per_epoch = run.train_size - run.train_size % run.args.world_size
+    later_epochs = run.args.epochs - progress.epoch - 1
+    images_to_go = images_left(run) + later_epochs * images_per_epoch
+    # The steps that are done, those left in this epoch, and those of later epochs.
+    steps = progress.step + math.ceil(images_left(run) / global_batch)
+    steps += later_epochs * math.ceil(images_per_epoch / global_batch)
+    # Up to the last sum of all ranks.
+    loss = progress.loss_sum / progress.loss_count
+    images_per_second = progress.images_done / progress.seconds
+    time_left = timedelta(seconds=round(images_to_go / images_per_second))
+    speed = f"{images_per_second:,.0f} images/s  {time_left} left"
+    line = f"step {progress.step}/{steps}  train loss {loss:.4f}  {speed}"
+    print_at_times(run, line)
+
+
+def report_epoch(run: Run, path: Path) -> None:
+    """Print the record of the last epoch, and where it is saved."""
+    results = run.progress.history[-1]
     print0(
-        f"finished   nothing left to train; trained before with {flags}: "
-        f"test accuracy {last['test_accuracy']:.2%}"
+        f"epoch {results['epoch']}/{run.args.epochs}  "
+        f"train loss {results['train_loss']:.4f}  test loss {results['test_loss']:.4f}  "
+        f"accuracy {results['test_accuracy']:.2%}  "
+        f"{results['images_per_second']:,.0f} images/s  {results['seconds']:.1f} s  {path}"
     )
 
 
 # ---------------------------------------------------------------- the command line
 
 
-def parse_folder(text: str) -> Path:
-    """Return a path from the command line; ~ is the home folder. Raises ArgumentTypeError."""
-    if not text:
-        raise argparse.ArgumentTypeError(
-            "is empty; is a variable of the shell not set?"
-        )
-    if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text} is an address; a folder is needed")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error}")
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that raises UserError, where argparse would print the usage from every rank."""
+class Parser(ArgumentParser):
+    """A parser that reports a wrong flag in one line, from one rank of each machine."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the flags)")
+        if utils.local_rank() == 0:
+            utils.print_line(f"error: {message} (--help lists the flags)", sys.stderr)
+        sys.exit(2)
 
 
-def parse_args(info: RankInfo | None) -> argparse.Namespace:
-    """Read the flags. Wrong ones raise UserError, before a worker or a file is touched."""
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--epochs", type=int, default=3, help="passes over the data (3)"
-    )
-    parser.add_argument(
-        "--batch_size", type=int, default=64, help="images per rank (64)"
-    )
-    parser.add_argument("--world_size", type=int, help="processes (one per GPU, or 1)")
-    parser.add_argument("--lr", type=float, help="peak rate (follows the global batch)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and order (0)")
+def parse_args() -> Namespace:
+    """Read the flags. Wrong ones end the process, before it waits for others or writes a file."""
+    # The default: what the launcher has started, or one rank for each GPU.
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    world_size = int(os.environ.get("WORLD_SIZE", max(gpus, 1)))
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=3, help="in all (3)")
+    parser.add_argument("--batch_size", type=int, default=64, help="per rank (64)")
+    parser.add_argument("--world_size", type=int, default=world_size, help="ranks")
+    parser.add_argument("--lr", type=float, help="peak rate (follows the batch size)")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random (0)")
     parser.add_argument("--save_every", type=int, help="save every N steps, too")
-    parser.add_argument("--keep", type=int, default=3, help="checkpoints to keep (3)")
-    parser.add_argument(
-        "--data_dir",
-        type=parse_folder,
-        default=Path("data"),
-        help="where the data are, or are downloaded to (data)",
-    )
-    parser.add_argument(
-        "--checkpoint_dir",
-        type=parse_folder,
-        default=Path("checkpoints"),
-        help="one training per folder (checkpoints)",
-    )
-    # torch.distributed.launch and deepspeed pass it. The environment has it as well.
-    parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)
+    parser.add_argument("--keep", type=int, default=3, help="newest checkpoints (3)")
+    parser.add_argument("--data_dir", type=Path, default="data", help="(data)")
+    parser.add_argument("--checkpoint_dir", type=Path, default="checkpoints")
     args = parser.parse_args()
-    del args.local_rank
-    check_numbers(parser, args)
-    args.world_size = utils.choose_world_size(args.world_size, info)
-    return args
-
-
-def check_numbers(parser: Parser, args: argparse.Namespace) -> None:
-    """Raise UserError for numbers with which nothing could be trained."""
     for name in "epochs", "batch_size", "world_size", "lr", "save_every", "keep":
         value = getattr(args, name)
         if value is not None and not 0 < value < 100_000:
             parser.error(f"--{name} must be above 0 and below 100000, not {value}")
-    # A larger seed would leave no room for the epoch, which is added to it.
+    # seed + epoch must be below 2**63.
     if not 0 <= args.seed < 2**62:
         parser.error(f"--seed must be from 0 to 2**62 - 1, not {args.seed}")
+    if utils.has_launcher() and args.world_size != world_size:
+        parser.error(f"--world_size {args.world_size}, but WORLD_SIZE is {world_size}")
+    return args
 
 
-def run_rank(info: RankInfo, args: argparse.Namespace) -> int:
-    """Train as one rank; return the exit code."""
-    if utils.is_started_by_torchrun():
-        utils.end_with_launcher()
-    if info.world_size > 1:
-        utils.let_interrupts_end_set_up()
-    lock = FolderLock(args.checkpoint_dir)
+def run_rank(args: Namespace) -> None:
+    """Train as one rank. If a signal has stopped the training, end by that signal."""
     try:
-        return train(args, info, lock)
-    except ReportedElsewhere:
-        return 1
-    except UserError as error:
-        # It is printed before the group is destroyed, as torchrun may end this rank meanwhile.
-        if info.rank == 0 or not dist.is_initialized():
-            utils.print_line(f"error: {error}", sys.stderr)
-        return 1
+        number = train(args)
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except Exception as error:  # noqa: BLE001 (printed whole if it is not recognised)
-        utils.abort(error, info)
+        utils.die_of(signal.SIGINT)
+    except Exception as error:
+        if not utils.has_launcher():
+            raise
+        # A normal exit could wait for the other ranks, which may wait for this one in a
+        # collective. os._exit ends at once, so the traceback has to be printed before.
+        sys.excepthook(type(error), error, error.__traceback__)
+        os._exit(1)
     finally:
-        lock.release()
-        # After a UserError, `train` has not reached its last step.
+        # After SystemExit, for example, `train` has not reached its last lines.
         if dist.is_initialized():
             dist.destroy_process_group()
+    if number is not None:
+        utils.die_of(number)
 
 
-def main() -> NoReturn:
-    """Read the command line, train in this process or in new ones, and exit."""
-    try:
-        if os.name != "posix":
-            raise UserError("this program needs Linux or macOS (on Windows, use WSL)")
-        info = utils.read_rank_info()
-        args = parse_args(info)
-    except UserError as error:
-        if utils.speaks_for_machine():
-            utils.print_line(f"error: {error}", sys.stderr)
-        sys.exit(2)
-    if info is None:
-        utils.exit_like(utils.launch(run_rank, args, args.world_size))
+def main() -> None:
+    """Train in this process, if it is one of several already, or the only one; else start them."""
+    args = parse_args()
+    if utils.has_launcher() or args.world_size == 1:
+        run_rank(args)
     else:
-        sys.exit(run_rank(info, args))
+        utils.launch(run_rank, args, args.world_size)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""What the tests share: the program as real processes, and the checksum of what it learned."""
+"""What the tests share: the program as real processes, and what they have learned."""
 
+import contextlib
 import ctypes
-import hashlib
 import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,7 +25,6 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 import torch
-from torch.utils._pytree import tree_flatten
 
 
 def pytest_configure(config) -> None:
@@ -76,7 +76,7 @@ class Started:
             self.process = subprocess.Popen(
                 cmd,
                 cwd=cwd,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"} | env,
+                env=os.environ | {"PYTHONUNBUFFERED": "1", "MARK": str(self.log)} | env,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -88,7 +88,10 @@ class Started:
 
     def wait_for(self, pattern: str, timeout: float = 120) -> re.Match:
         """Poll the output until it matches."""
-        return wait_until(lambda: re.search(pattern, self.output()), timeout, self)
+        what = f"the output {pattern!r}"
+        return wait_until(
+            lambda: re.search(pattern, self.output()), what, self, timeout
+        )
 
     def wait(self, timeout: float = 120) -> int:
         return self.process.wait(timeout)
@@ -100,11 +103,26 @@ class Started:
         """The pids of all processes below this one."""
         return descendants(self.process.pid)
 
+    def everyone(self) -> list[int]:
+        """The pids of all its living processes, orphans too."""
+        return [pid for pid in all_pids() if alive(pid) and self.owns(pid)]
+
+    def owns(self, pid: int) -> bool:
+        """Whether a process belongs to it: by its session, or by the mark that it inherited."""
+        try:
+            if os.getsid(pid) == self.process.pid:
+                return True
+            environ = Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:
+            return False  # It has just ended, or is another user's.
+        return f"MARK={self.log}\0".encode() in environ
+
     def kill(self) -> None:
-        """Kill whatever is left of it."""
-        for pid in [*self.workers(), self.process.pid]:
-            if alive(pid):
-                os.kill(pid, signal.SIGKILL)
+        """Kill whatever is left of it, and fail if that does not end."""
+        while pids := self.everyone():
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self.wait()
 
 
@@ -120,7 +138,8 @@ class Forked(Started):
         self.log = cwd / f"log-{time.monotonic_ns()}"
         self.log.touch()
         context = torch.multiprocessing.get_context("forkserver")
-        arguments = script, flags, cwd, self.log, dict(os.environ | env)
+        env = os.environ | {"MARK": str(self.log)} | env
+        arguments = script, flags, cwd, self.log, dict(env)
         self.process = context.Process(target=_run_program, args=arguments)
         self.process.start()
 
@@ -153,16 +172,21 @@ def _run_program(
     runpy.run_path(str(script), run_name="__main__")
 
 
+def all_pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
 def descendants(pid: int) -> list[int]:
     """All processes below `pid`, from /proc."""
     parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for other in all_pids():
         try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
+            stat = Path(f"/proc/{other}/stat").read_text()
         except OSError:
-            continue  # it has just ended
-        if fields[0] != "Z":
-            parents[int(stat.parent.name)] = int(fields[1])
+            continue  # It has just ended.
+        state, parent, *_ = stat.rsplit(")", 1)[1].split()
+        if state != "Z":
+            parents[other] = int(parent)
     found, grown = {pid}, True
     while grown:
         more = {child for child, parent in parents.items() if parent in found} - found
@@ -186,27 +210,23 @@ def runs(pid: int, word: str) -> bool:
         return False  # it has just ended
 
 
-def processes(mark: Path) -> list[int]:
-    """All living processes that were started with MARK=mark, orphans too."""
-    found = []
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if f"MARK={mark}\0".encode() in environ.read_bytes():
-                found.append(int(environ.parent.name))
-        except OSError:
-            continue  # it has just ended, or is another user's
-    return [pid for pid in found if alive(pid)]
-
-
-def wait_until(condition, timeout: float = 120, started: Started | None = None):
+def wait_until(
+    condition,
+    what: str,
+    started: Started | None = None,
+    timeout: float = 120,
+):
     """Poll `condition` until it is true, and return its value; fail with the log after `timeout`."""
     end = time.monotonic() + timeout
     while not (value := condition()):
         if time.monotonic() > end or (started and started.has_ended()):
             if value := condition():
                 break
+            reason = f"{what} did not happen within {timeout} s"
+            if started and started.has_ended():
+                reason = f"the program has ended before {what}"
             log = started.output() if started else ""
-            raise AssertionError(f"waited {timeout} s in vain; the log:\n{log}")
+            raise AssertionError(f"{reason}; the log:\n{log}")
         time.sleep(0.005)
     return value
 
@@ -257,18 +277,33 @@ def newest(folder: Path) -> dict:
     return torch.load(checkpoints(folder)[-1], weights_only=True)
 
 
-def checksum(folder: Path) -> str:
-    """SHA-256 of model, optimizer and the losses in the newest checkpoint of `folder`."""
+def result(folder: Path) -> dict[str, dict]:
+    """What a training has learned, by kind: from the newest checkpoint of `folder`."""
     state = newest(folder)
     keys = "epoch", "step", "train_loss", "test_loss", "test_accuracy"
     history = state["progress"]["history"]
-    records = [[record[key] for key in keys] for record in history]
-    leaves, shape = tree_flatten([state["model"], state["optimizer"], records])
-    digest = hashlib.sha256(repr(shape).encode())
-    for leaf in leaves:
-        tensor = isinstance(leaf, torch.Tensor)
-        digest.update(leaf.numpy().tobytes() if tensor else repr(leaf).encode())
-    return digest.hexdigest()
+    optimizer = {}
+    for index, moments in state["optimizer"]["state"].items():
+        for name, value in moments.items():
+            optimizer[f"{name} of {index}"] = value
+    return {
+        "weights": state["model"],
+        "optimizer": optimizer,
+        "records": {record["epoch"]: [record[k] for k in keys] for record in history},
+    }
+
+
+def assert_same_result(folder: Path, other: Path) -> None:
+    """Both trainings have the same weights, optimizer and losses, to the last bit."""
+    theirs = result(other)
+    for kind, ours in result(folder).items():
+        assert ours.keys() == theirs[kind].keys(), f"other {kind}"
+        differing = [name for name in ours if not same(ours[name], theirs[kind][name])]
+        assert differing == [], f"{kind} that differ, of {len(ours)}"
+
+
+def same(ours, theirs) -> bool:
+    return torch.equal(ours, theirs) if torch.is_tensor(ours) else ours == theirs
 
 
 def copies(tensors) -> list[torch.Tensor]:
@@ -310,6 +345,19 @@ def fork(tmp_path):
         one.kill()
 
 
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """The scripts in a folder of their own; with data, as to try to download some takes seconds."""
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, tmp_path)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "mnist_sample").symlink_to(SAMPLE)
+    (tmp_path / "data").mkdir()
+    for dataset in "MNIST", "FashionMNIST":
+        (tmp_path / "data" / dataset).symlink_to(SAMPLE / "MNIST")
+    return tmp_path
+
+
 torch.set_num_threads(1)  # as the program does: more would spin and starve each other
 
 # Forked from a process that has imported torch already, ranks start in no time.
@@ -334,7 +382,9 @@ def in_ranks(world_size: int, function, *args) -> list:
 def _rank(rank: int, world_size: int, folder: str, function, args: tuple) -> None:
     import utils
 
-    place = f"file://{folder}/store"
-    utils.join_process_group(utils.RankInfo(rank, rank, world_size, world_size, place))
-    torch.save(function(*args), f"{folder}/result{rank}")
-    torch.distributed.destroy_process_group()
+    def run_rank(args) -> None:
+        utils.init_distributed()
+        torch.save(function(*args), f"{folder}/result{rank}")
+        torch.distributed.destroy_process_group()
+
+    utils.run_spawned_rank(rank, run_rank, args, world_size, f"file://{folder}/store")

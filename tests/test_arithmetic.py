@@ -1,5 +1,6 @@
 """The arithmetic: who gets which image, and that many ranks compute what one computes."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -12,14 +13,21 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import SAMPLE, checkpoints, checksum, copies, equal, in_ranks, newest
+from conftest import (
+    SAMPLE,
+    assert_same_result,
+    checkpoints,
+    copies,
+    equal,
+    in_ranks,
+    newest,
+)
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DistributedSampler, default_collate
 from torchvision import transforms
-from torchvision.datasets import ImageFolder
+from torchvision.datasets import MNIST, ImageFolder
 
 import data
 import train_ddp
@@ -31,11 +39,11 @@ from train_ddp import LABEL_SMOOTHING, WARM_UP, default_learning_rate
 # Who gets which image
 
 
-def numbered(total: int) -> Digits:
+def numbered(total: int, seed: int = 5) -> Digits:
     """Small random images, each labelled with its own index."""
     generator = torch.Generator().manual_seed(total)
     images = torch.randint(1, 256, (total, 5, 9), generator=generator)
-    return Digits(images.to(torch.uint8), torch.arange(total))
+    return Digits(images.to(torch.uint8), torch.arange(total), seed)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -46,7 +54,7 @@ def test_each_step_takes_the_next_images_of_one_permutation(world_size, total):
     So another number of ranks can take over after any step, without repeating an image.
     """
     digits = numbered(total)
-    digits.set_epoch(5, 3)
+    digits.set_epoch(3)
     torch_sampler = DistributedSampler(digits, 1, 0, seed=5)
     torch_sampler.set_epoch(3)
     order = torch.tensor(list(torch_sampler))
@@ -68,12 +76,12 @@ def test_each_step_takes_the_next_images_of_one_permutation(world_size, total):
 
 
 def test_order_and_shifts_follow_from_seed_and_epoch_alone():
-    digits = numbered(1000)
 
     def draw(seed: int, epoch: int) -> list[Tensor]:
+        digits = numbered(1000, seed)
         sampler = ResumableSampler(digits, 1, 0, seed=seed)
         sampler.set_epoch(epoch)
-        digits.set_epoch(seed, epoch)
+        digits.set_epoch(epoch)
         return [torch.tensor(list(sampler)), *(digits[i][0] for i in range(1000))]
 
     first = draw(0, 0)
@@ -91,7 +99,7 @@ def test_images_are_moved_by_all_distances_and_filled_up_with_zeros():
     """And left alone until an epoch is set, as in a test set."""
     digits = numbered(300)
     originals = [digits[i][0] for i in range(300)]
-    digits.set_epoch(seed=2, epoch=3)
+    digits.set_epoch(3)
     moves = set()
     for i, original in enumerate(originals):
         padded = F.pad(original, [MAX_SHIFT] * 4)
@@ -111,28 +119,26 @@ SEED = 3
 PEAK = 0.015
 
 
-def train_as_rank(
-    folder: Path, on_step: Callable = train_ddp.train_step, **flags
-) -> None:
-    """Call `train` in a rank that has joined the others already."""
+def train_as_rank(folder: Path, on_step: Callable = train_ddp.train_step, **flags):
+    """Call `train` in a rank that has joined the others already; return what it returns."""
     world_size = dist.get_world_size()
-    defaults = {"world_size": world_size, "batch_size": BATCH[world_size], "lr": PEAK}
+    defaults = {"batch_size": BATCH[world_size], "lr": PEAK, "data_dir": Path()}
     defaults |= {"epochs": EPOCHS, "seed": SEED, "save_every": None, "keep": 99}
-    args = Namespace(checkpoint_dir=folder, **defaults | {"data_dir": ""} | flags)
-    lock = utils.FolderLock(folder)
+    defaults |= {"world_size": world_size}
+    args = Namespace(checkpoint_dir=folder, **defaults | flags)
     with (
-        patch("utils.join_process_group", lambda info: torch.device("cpu")),
+        patch("utils.init_distributed", lambda: torch.device("cpu")),
         patch("train_ddp.train_step", on_step),
         patch("torch.distributed.destroy_process_group"),
     ):
-        train_ddp.train(args, None, lock)
-    lock.release()
+        return train_ddp.train(args)
 
 
-def small_set(data_dir=None, download=False) -> tuple[str, Digits, Digits]:
-    images, labels = data.read(SAMPLE, train=True)
-    test_set = Digits(images[-30:], labels[-30:])
-    return "some digits", Digits(images[:TOTAL], labels[:TOTAL]), test_set
+def small_set(data_dir=None, seed=SEED, download=False) -> tuple[str, Digits, Digits]:
+    files = MNIST(SAMPLE)
+    images, labels = files.data, files.targets
+    test_set = Digits(images[-30:], labels[-30:], seed)
+    return "some digits", Digits(images[:TOTAL], labels[:TOTAL], seed), test_set
 
 
 class SmoothNet(ConvNet):
@@ -153,7 +159,7 @@ def train_and_resume(folder: Path) -> list[tuple]:
     For each step, return its images, their labels, the gradients, and the weights after it.
     """
     train_ddp.load_data = small_set
-    train_ddp.ConvNet = SmoothNet
+    train_ddp.build_model = lambda train_set: SmoothNet()
     train_step = train_ddp.train_step
     gradients = []
     steps = []
@@ -162,10 +168,10 @@ def train_and_resume(folder: Path) -> list[tuple]:
         parameters = optimizer.param_groups[0]["params"]
         gradients.append(copies(p.grad for p in parameters))
 
-    def on_step(run, ddp, images, labels) -> Tensor:
+    def on_step(run, ddp, batch) -> Tensor:
         assert all(module.training for module in ddp.modules())
-        loss = train_step(run, ddp, images, labels)
-        steps.append((images, labels, gradients[-1], copies(ddp.parameters())))
+        loss = train_step(run, ddp, batch)
+        steps.append((*batch, gradients[-1], copies(ddp.parameters())))
         return loss
 
     register_optimizer_step_pre_hook(before_update)
@@ -186,13 +192,16 @@ def trained(request, tmp_path_factory):
 
 
 def train_plainly(world_size: int) -> Iterator[tuple]:
-    """The same training as a plain loop: no DDP, no sampler, no loader."""
+    """The same training as a plain loop: no DDP, no sampler, no loader.
+
+    For each step: its images, labels, gradients, the weights after it, the summed loss.
+    """
     _, digits, _ = small_set()
     torch.manual_seed(SEED)
     model = SmoothNet()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.95))
     for epoch in range(EPOCHS):
-        digits.set_epoch(SEED, epoch)
+        digits.set_epoch(epoch)
         generator = torch.Generator().manual_seed(SEED + epoch)
         order = torch.randperm(TOTAL, generator=generator)
         seen = epoch * TOTAL
@@ -210,7 +219,8 @@ def train_plainly(world_size: int) -> Iterator[tuple]:
             loss.backward()
             optimizer.step()
             gradients = copies(p.grad for p in model.parameters())
-            yield images, labels, gradients, copies(model.parameters())
+            loss_sum = loss.item() * len(labels)
+            yield images, labels, gradients, copies(model.parameters()), loss_sum
 
 
 def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
@@ -225,7 +235,7 @@ def test_training_is_that_of_a_plain_loop_without_ddp(trained):
 
     The gradients are the mean over all images of the step, in the last one of an epoch too.
     """
-    ranks, _ = trained
+    ranks, folder = trained
     plain = list(train_plainly(len(ranks)))
     for rank, steps in enumerate(ranks):
         for ours, theirs in zip(steps, plain, strict=True):
@@ -237,6 +247,10 @@ def test_training_is_that_of_a_plain_loop_without_ddp(trained):
     assert difference(ranks[0][0][2], plain[0][2]) < 3e-6
     assert len(plain[6][1]) < len(plain[5][1])
     assert difference(plain[0][3], plain[-1][3]) > 0.2  # They have moved.
+    records = newest(folder / "straight")["progress"]["history"]
+    for record, epoch in zip(records, (plain[:7], plain[7:]), strict=True):
+        mean = sum(step[4] for step in epoch) / sum(len(step[1]) for step in epoch)
+        assert record["train_loss"] == pytest.approx(mean, rel=1e-5)
 
 
 @pytest.mark.parametrize("trained", [2, 3, 4], indirect=True)
@@ -265,10 +279,11 @@ def test_resumed_at_any_checkpoint_the_outcome_is_bit_equal(trained):
     The ranks add up their losses at other steps, as only the first run saves midway.
     """
     _, folder = trained
-    folders = [*folder.iterdir()]
-    assert len(folders) == 5  # Saved after steps 4, 7, 8, 12 and 14.
-    assert {newest(one)["progress"]["step"] for one in folders} == {14}
-    assert len({checksum(one) for one in folders}) == 1
+    # Saved after steps 4, 7, 8, 12 and 14, of which the last one is no place to resume from.
+    assert len([*folder.iterdir()]) == 5
+    for resumed in folder.iterdir():
+        assert newest(resumed)["progress"]["step"] == 14
+        assert_same_result(resumed, folder / "straight")
 
 
 def test_the_default_learning_rate_follows_the_global_batch_up_to_a_limit():
@@ -287,36 +302,57 @@ def test_the_default_learning_rate_follows_the_global_batch_up_to_a_limit():
 # Single steps of a group of ranks
 
 
-def add_up_in_rank() -> tuple[float, bool]:
-    progress = train_ddp.Progress()
+def add_up_in_rank() -> tuple:
     rank = dist.get_rank()
-    losses = [torch.tensor(1.0), torch.tensor(float(rank))]
-    signals = [signal.SIGTERM] * (rank == 1)
-    must_stop = train_ddp.add_up_losses_and_signals(progress, losses, signals)
-    return progress.loss_sum, must_stop
+    progress = train_ddp.Progress(images_done=12, loss_sum=0.5, loss_count=3)
+    own_sums = torch.tensor([float(rank), 3.0], dtype=torch.float64)
+    train_ddp.add_up_losses(progress, own_sums)
+    is_stopped = utils.any_rank(rank == 1)
+    nobody_is = utils.any_rank(False)
+    return progress.loss_sum, progress.loss_count, own_sums.sum(), is_stopped, nobody_is
 
 
-def test_losses_and_stop_signals_are_those_of_all_ranks():
-    assert in_ranks(3, add_up_in_rank) == [(6.0, True)] * 3
+def test_losses_and_stops_are_those_of_all_ranks():
+    assert in_ranks(3, add_up_in_rank) == [(3.5, 12, 0, True, False)] * 3
+
+
+def fail_together(values: list[float]) -> list[str]:
+    problems = []
+    for value in values:
+        own = value if dist.get_rank() == 1 else 1.0
+        sums = torch.tensor([own, 3.0], dtype=torch.float64)
+        with patch("utils.exit_together", problems.append):
+            train_ddp.add_up_losses(train_ddp.Progress(images_done=6), sums)
+    return problems
+
+
+def test_a_loss_of_one_rank_that_is_not_finite_ends_all():
+    first, second = in_ranks(2, fail_together, [torch.nan, torch.inf, -torch.inf])
+    assert first == second
+    assert [text.split()[3] for text in first] == ["nan", "inf", "-inf"]
 
 
 def evaluate_some(counts: list[int]) -> list[dict]:
-    images, labels = data.read(SAMPLE, train=False)
+    files = MNIST(SAMPLE, train=False)
     torch.manual_seed(0)
     model = nn.Sequential(ConvNet(), nn.Dropout(0.5))
-    args = Namespace(batch_size=64)
-    run = Namespace(model=model, device=torch.device("cpu"), args=args)
-    sets = [Digits(images[:count], labels[:count]) for count in counts]
-    return [train_ddp.evaluate(run, test_set) for test_set in sets]
+    run = Namespace(model=model, device=torch.device("cpu"), next_line=torch.inf)
+    run.args = Namespace(batch_size=64)
+    results = []
+    for count in counts:
+        test_set = Digits(files.data[:count], files.targets[:count], seed=0)
+        results.append(train_ddp.evaluate(run, test_set))
+    return results
 
 
 def test_evaluation_counts_each_image_once_at_any_number_of_ranks():
     """Also where some ranks get fewer images than others, or none; and without dropout."""
     counts = [1, 2, 100, 1999]
-    images, labels = data.read(SAMPLE, train=False)
+    files = MNIST(SAMPLE, train=False)
+    labels = files.targets
     torch.manual_seed(0)
-    with torch.inference_mode():
-        logits = ConvNet()(images)
+    with torch.no_grad():
+        logits = ConvNet()(files.data)
     for results in in_ranks(3, evaluate_some, counts):
         for n, result in zip(counts, results, strict=True):
             loss = F.cross_entropy(logits[:n], labels[:n]).item()
@@ -327,22 +363,52 @@ def test_evaluation_counts_each_image_once_at_any_number_of_ranks():
             }
 
 
-def settle_normed() -> bool:
-    ddp = DistributedDataParallel(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)))
-    before = copies(ddp.state_dict().values())
-    train_ddp.settle_buckets(ddp, [(torch.rand(6), 0)])
-    assert not any(p.grad is not None and p.grad.any() for p in ddp.parameters())
-    return equal(ddp.state_dict().values(), before)
+def test_pixels_are_normalised_by_mean_and_deviation_of_mnist():
+    images = torch.arange(784).remainder(256).to(torch.uint8).view(1, 28, 28)
+    model = ConvNet()
+    got = []
+    model.layers.register_forward_pre_hook(lambda layers, inputs: got.append(inputs[0]))
+    model(images)
+    expected = (images[:, None].double() / 255 - 0.1307) / 0.3081
+    torch.testing.assert_close(got[0].double(), expected, atol=0.01, rtol=0)
 
 
-def test_to_settle_the_buckets_leaves_weights_and_batch_statistics_alone():
-    assert in_ranks(2, settle_normed) == [True, True]
+# What a person reads
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_line_of_a_step_is_that_of_a_plain_count(world_size, capsys):
+    """Steps and time that are left, in the first epoch, at its end, and in the last one."""
+    size, batch_size, epochs = 1000, 64, 3
+    loaders = []
+    for epoch in range(epochs):
+        sampler = ResumableSampler(numbered(size), world_size, rank=0)
+        loaders.append(len(make_loader(numbered(size), batch_size, sampler)))
+    total = sum(loaders)
+    args = Namespace(epochs=epochs, batch_size=batch_size, world_size=world_size)
+    for step in 1, loaders[0], total - 1:
+        epoch, step_of_epoch = divmod(step - 1, loaders[0])
+        usable = size - size % world_size
+        images = min((step_of_epoch + 1) * batch_size * world_size, usable)
+        progress = train_ddp.Progress(epoch, images, step, seconds=images / 200)
+        progress.loss_sum = 1.5
+        progress.loss_count = 2
+        run = Namespace(args=args, train_size=size, progress=progress, next_line=0.0)
+        with patch("torch.distributed.get_rank", lambda: 0):
+            train_ddp.report_step(run)
+            train_ddp.report_step(run)  # It is too early for another line.
+        seconds = round((usable - images + (epochs - epoch - 1) * usable) / 200)
+        expected = f"step {step}/{total}  train loss 0.7500  200 images/s  "
+        assert capsys.readouterr().out == f"{expected}0:00:{seconds:02} left\n"
 
 
 def scheduling_policies() -> list[int]:
     """The scheduling policies of all threads of a rank; gloo has started all but one."""
-    tasks = [*Path("/proc/self/task").iterdir()]
-    return [os.sched_getscheduler(int(task.name)) for task in tasks]
+    policies = []
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # It has just ended.
+            policies.append(os.sched_getscheduler(int(thread)))
+    return policies
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="only Linux has it")
@@ -357,20 +423,19 @@ def test_the_threads_of_gloo_are_scheduled_as_batch_jobs():
 
 
 class Pictures(ImageFolder):
-    """Random transforms that belong to (seed, epoch, picture), as `load_data` advises."""
+    """Random transforms that belong to (seed, epoch, picture)."""
 
-    def set_epoch(self, seed: int, epoch: int) -> None:
-        self.seed = seed
+    def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         with torch.random.fork_rng(devices=[]):
-            seed = (self.seed + self.epoch) * len(self) + index
+            seed = (SEED + self.epoch) * len(self) + index
             torch.default_generator.manual_seed(seed)
             return super().__getitem__(index)
 
 
-def load_pictures(data_dir: Path, download: bool) -> tuple[str, Pictures, ImageFolder]:
+def load_pictures(data_dir: Path, *_) -> tuple[str, Pictures, ImageFolder]:
     crop = transforms.RandomCrop(8, padding=2)
     train_set = Pictures(data_dir, transforms.Compose([crop, transforms.ToTensor()]))
     return "pictures", train_set, ImageFolder(data_dir, transforms.ToTensor())
@@ -380,20 +445,20 @@ def train_and_resume_on(pictures: Path, folder: Path) -> list[Tensor]:
     """Train as one rank with loader workers; return the pictures as the network got them."""
     data.LOADER_WORKERS = 2
     train_ddp.load_data = load_pictures
-    train_ddp.ConvNet = lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 2))
+    train_ddp.build_model = lambda _: nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 2))
     train_step = train_ddp.train_step
     seen = []
 
-    def on_step(run, ddp, images, labels) -> Tensor:
-        seen.extend(images)
-        if len(seen) == 4 * 4:
+    def on_step(run, ddp, batch) -> Tensor:
+        seen.extend(batch[0])
+        if len(seen) == 4 * 2:
             signal.raise_signal(signal.SIGTERM)
-        return train_step(run, ddp, images, labels)
+        return train_step(run, ddp, batch)
 
     flags = {"batch_size": 4, "save_every": 2, "data_dir": pictures}
-    train_as_rank(folder, on_step, **flags)
-    assert len(seen) == 4 * 4
-    train_as_rank(folder, on_step, **flags)
+    assert train_as_rank(folder, on_step, **flags) == signal.SIGTERM
+    assert len(seen) == 4 * 2
+    assert train_as_rank(folder, on_step, **flags) is None
     return seen
 
 
@@ -406,9 +471,9 @@ def test_pictures_of_ones_own_with_random_transforms_and_loader_workers(tmp_path
         Image.new("RGB", (8, 8), (255 - i, 0, 0)).save(folder / f"{i:02}.png")
     folder = tmp_path / "pictures"
     ranks = in_ranks(3, train_and_resume_on, folder, tmp_path / "checkpoints")
-    _, train_set, _ = load_pictures(folder, download=False)
+    _, train_set, _ = load_pictures(folder)
     for epoch in range(EPOCHS):
-        train_set.set_epoch(SEED, epoch)
+        train_set.set_epoch(epoch)
         generator = torch.Generator().manual_seed(SEED + epoch)
         order = torch.randperm(62, generator=generator)[:60].tolist()
         expected = [train_set[i][0] for i in order]
@@ -419,7 +484,7 @@ def test_pictures_of_ones_own_with_random_transforms_and_loader_workers(tmp_path
     state = newest(tmp_path / "checkpoints")
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 2))
     model.load_state_dict(state["model"])
-    test_set = load_pictures(folder, download=False)[2]
+    test_set = load_pictures(folder)[2]
     right = [model(image[None]).argmax().item() == label for image, label in test_set]
     accuracy = state["progress"]["history"][-1]["test_accuracy"]
     assert accuracy == sum(right) / 62

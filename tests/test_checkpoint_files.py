@@ -1,5 +1,6 @@
 """Checkpoint files and the lock of their folder: functions only, no runs."""
 
+import contextlib
 import errno
 import io
 import os
@@ -19,7 +20,7 @@ from conftest import checkpoints, copies, equal, in_ranks, newest, wait_until
 import train_ddp
 import utils
 from model import ConvNet
-from utils import FolderLock, UserError, newest_checkpoint, save_checkpoint
+from utils import lock_folder, newest_checkpoint, save_checkpoint
 
 FLAGS = {"seed": 0, "epochs": 2, "batch_size": 64, "world_size": 2, "lr": 0.01}
 NEXT = "epoch00001-image000000000.pt"
@@ -38,7 +39,6 @@ def some_run(folder: Path) -> train_ddp.Run:
         train_size=1000,
         model=model,
         optimizer=optimizer,
-        lock=FolderLock(folder),
         progress=train_ddp.Progress(images_done=128, step=1, loss_sum=2.5),
     )
 
@@ -81,7 +81,6 @@ DAMAGES = {
     "zeroed": lambda content: bytes(len(content)),
     "pickle with code": lambda content: pickle.dumps(Payload()),
     "zip with code": lambda content: saved({"model": Payload()}),
-    "foreign": lambda content: saved({"weights": torch.zeros(3)}),
 }
 
 
@@ -100,22 +99,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_loaded(
     assert warning.count("\n") == 1
 
     sound.write_bytes(path.read_bytes())
-    with pytest.raises(UserError, match=f"no checkpoint in {folder} can be loaded"):
+    with pytest.raises(SystemExit, match=f"no checkpoint in {folder} can be loaded"):
         newest_checkpoint(folder)
     assert not Path("executed").exists()
 
 
 def test_a_flipped_bit_anywhere_is_detected_or_harmless(tmp_path):
     """Flips a bit in each byte of a file, and never gets other content out of it."""
-    path = tmp_path / "small.pt"
-    small = {"version": utils.VERSION, "model": torch.arange(6.0), "args": FLAGS}
+    small = {"model": torch.arange(6.0), "args": FLAGS}
     sound = saved(small)
     detected = 0
     for position in range(len(sound)):
         content = bytearray(sound)
         content[position] ^= 1 << position % 8
         try:
-            loaded = utils.decode_checkpoint(path, bytes(content))
+            loaded = utils.decode_checkpoint(bytes(content))
         except Exception:  # noqa: BLE001 (damage can raise anything)
             detected += 1
         else:
@@ -123,19 +121,13 @@ def test_a_flipped_bit_anywhere_is_detected_or_harmless(tmp_path):
     assert detected > len(sound) / 4
 
 
-def test_a_checkpoint_that_is_not_damaged_is_refused_not_passed_over(state, folder):
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), MemoryError()])
+def test_a_read_that_fails_is_not_taken_for_damage(folder, error):
     """Otherwise the training would be taken up from an older point."""
     path = checkpoints(folder)[-1]
-    unversioned = dict(state)
-    del unversioned["version"]
-    for changed in unversioned, state | {"version": utils.VERSION + 1}:
-        torch.save(changed, path)
-        problem = f"{path} was written by another version.*--checkpoint_dir"
-        with pytest.raises(UserError, match=problem):
-            newest_checkpoint(folder)
     with (
-        patch.object(Path, "read_bytes", side_effect=PermissionError("denied")),
-        pytest.raises(UserError, match=f"cannot read {path}"),
+        patch.object(Path, "read_bytes", side_effect=error),
+        pytest.raises(SystemExit, match=f"cannot read {path}.*{type(error).__name__}"),
     ):
         newest_checkpoint(folder)
 
@@ -149,7 +141,7 @@ def test_a_checkpoint_of_a_gpu_is_loaded_without_one(state, tmp_path):
         torch.load(path, weights_only=True)
     name, content = newest_checkpoint(tmp_path)
     assert name == NEXT
-    loaded = utils.decode_checkpoint(path, content)
+    loaded = utils.decode_checkpoint(content)
     assert equal(loaded["model"].values(), state["model"].values())
 
 
@@ -157,37 +149,62 @@ def test_a_checkpoint_of_a_gpu_is_loaded_without_one(state, tmp_path):
 
 
 def resume_all(paths: list[Path]) -> list[str]:
+    """Resume from each; return what rank 0 prints, or the codes of the others."""
     messages = []
     for path in paths:
-        with pytest.raises(UserError) as caught:
+        with patch("utils.print_line") as printed, pytest.raises(SystemExit) as caught:
             train_ddp.resume(some_run(path.parent))
-        messages.append(str(caught.value))
+        assert caught.value.code == 1
+        messages += [call.args[0] for call in printed.call_args_list]
     return messages
 
 
 def test_a_checkpoint_of_another_kind_of_training_is_refused(state, tmp_path):
-    """On all ranks, in one line that names both sides and the fix."""
+    """All ranks exit; one line names both sides and the fix."""
     weights = state["model"]
-    groups = [{"params": [weight.clone()]} for weight in weights.values()]
     wider = weights | {"layers.0.weight": torch.zeros(20, 1, 5, 5)}
+    renamed = {name.replace("layers.0", "layers.x"): w for name, w in weights.items()}
+    swapped = state["weight_names"][::-1]
     others = {
-        "has seed 5, this run has 0": {"args": FLAGS | {"seed": 5}},
-        "has data others, this run has some data": {"data": "others"},
-        "has optimizer SGD, this run has AdamW": {"optimizer_class": "SGD"},
-        "does not fit: .*mismatch for layers.0.weight.*": {"model": wider},
-        "does not fit: .*parameter group.*": {
-            "optimizer": torch.optim.AdamW(groups).state_dict()
-        },
-        "does not fit: .*argument 'minutes'.*": {"progress": {"minutes": 5}},
+        "it has seed 5, this run has 0": {"args": FLAGS | {"seed": 5}},
+        "it has data others, this run has some data": {"data": "others"},
+        "RuntimeError: .*mismatch for layers.0.weight.*": {"model": wider},
+        "RuntimeError: .*Missing key.*layers.0.weight.*": {"model": renamed},
+        ".*other weights, or has them in another order": {"weight_names": swapped},
+        "TypeError: .*argument 'minutes'.*": {"progress": {"minutes": 5}},
+        "KeyError: 'state'": {"optimizer": {}},
     }
     paths = [tmp_path / str(number) / NEXT for number in range(len(others))]
     for path, change in zip(paths, others.values(), strict=True):
         path.parent.mkdir()
         torch.save(state | change, path)
-    first, second = in_ranks(2, resume_all, paths)
-    assert first == second
-    for path, pattern, message in zip(paths, others, first, strict=True):
-        assert re.fullmatch(f"{path} {pattern}: choose another --check.*", message)
+    messages, nothing = in_ranks(2, resume_all, paths)
+    assert nothing == []
+    for path, pattern, message in zip(paths, others, messages, strict=True):
+        reason = rf"{path} does not fit \((ValueError: )?{pattern}\)"
+        assert re.fullmatch(f"error: {reason}: choose another --check.*", message)
+
+
+def resume_with_damage(folder: Path) -> list[str]:
+    if dist.get_rank() == 1:
+        os.environ["LOCAL_RANK"] = "0"  # It is the first one of another machine.
+    run = some_run(folder / str(dist.get_rank()))
+    with patch("utils.print_line") as printed, pytest.raises(SystemExit):
+        train_ddp.resume(run)
+    return [call.args[0] for call in printed.call_args_list]
+
+
+def test_damage_on_one_machine_only_is_one_error(state, tmp_path):
+    """The other one, whose checkpoints are whole, must not add an error of its own."""
+    for rank, size in (0, None), (1, 100):
+        (tmp_path / str(rank)).mkdir()
+        path = tmp_path / str(rank) / NEXT
+        path.write_bytes(saved(state)[:size])
+    first, second = in_ranks(2, resume_with_damage, tmp_path)
+    assert first == [f"error: no checkpoint in {tmp_path}/1 can be loaded: restore one"]
+    assert [line.split(" is ")[0] for line in second] == [
+        f"warning: {tmp_path}/1/{NEXT}"
+    ]
 
 
 def resume_on_two_machines(path: Path, folders: Path) -> None:
@@ -205,8 +222,11 @@ def resume_on_two_machines(path: Path, folders: Path) -> None:
             save_checkpoint(older, train_ddp.checkpoint_of(run), keep=1)
         run.progress = train_ddp.Progress()
         run.optimizer.param_groups[0]["betas"] = (0.5, 0.6)
-        with patch("utils.machine_name", lambda: f"machine {rank}"):
-            assert train_ddp.resume(run).name == path.name
+        with (
+            patch.dict(os.environ, LOCAL_RANK="0"),
+        ):
+            resumed_from = train_ddp.resume(run)
+        assert resumed_from.name == path.name
         assert equal(copies(run.model.parameters()), state["model"].values())
         assert run.progress == train_ddp.Progress(**state["progress"])
         moments = run.optimizer.state_dict()["state"][1]
@@ -235,11 +255,6 @@ def test_the_newest_are_kept_and_so_are_files_with_other_names(state, folder, ca
     kept = [folder / f"epoch{epoch:05d}-image000000000.pt" for epoch in (2, 3, 9)]
     assert {*folder.glob("epoch*")} == {*kept, *own}
     assert newest_checkpoint(folder)[0] == kept[-1].name
-
-    with patch.object(Path, "unlink", side_effect=PermissionError("denied")):
-        save_checkpoint(folder / "epoch00004-image000000000.pt", state, keep=2)
-    warning = f"warning: cannot delete {kept[0]}: denied\n"
-    assert capfd.readouterr().err == warning
 
 
 def test_a_new_checkpoint_is_on_the_disk_before_older_ones_are_deleted(state, folder):
@@ -282,7 +297,7 @@ def test_a_failed_save_leaves_the_others_whole_and_names_the_good_one(state, fol
 
     with (
         patch("os.fsync", fsync),
-        pytest.raises(UserError, match="cannot save .*No space left") as caught,
+        pytest.raises(SystemExit, match="cannot save .*No space left") as caught,
     ):
         save_checkpoint(folder / NEXT, state, keep=1)
     good = checkpoints(folder)[-1]
@@ -297,20 +312,30 @@ def save_as_rank(folder: Path) -> None:
     train_ddp.save(run)
     if dist.get_rank() == 0:
         shutil.rmtree(folder / "good")
-    train_ddp.save(run)  # The folder is created again, and locked again.
-    assert run.lock.is_held() == (dist.get_rank() == 0)
+    train_ddp.save(run)  # The folder is created again.
 
     run.args.checkpoint_dir = folder / "bad"
     run.model.layers[0].bias.data[0] = torch.inf
-    with pytest.raises(UserError, match="lower --lr"):
+    with patch("utils.print_line") as printed, pytest.raises(SystemExit):
         train_ddp.save(run)
+    assert printed.call_count == (dist.get_rank() == 0)
 
 
-def test_all_ranks_save_one_checkpoint_or_raise(tmp_path):
+def test_all_ranks_save_one_checkpoint_or_exit(tmp_path):
     """Weights that are not finite, after a finite loss, are not saved."""
     in_ranks(2, save_as_rank, tmp_path)
     names = {path.name for path in tmp_path.rglob("*")}
-    assert names == {"good", ".lock", "epoch00000-image000000128.pt"}
+    assert names == {"good", "epoch00000-image000000128.pt"}
+
+
+def test_a_planted_link_is_not_followed(state, folder, tmp_path_factory):
+    """Where several users share a folder, a save must not overwrite what a link leads to."""
+    target = tmp_path_factory.mktemp("somebody") / "thesis"
+    target.write_text("precious")
+    (folder / ".tmp-checkpoint").symlink_to(target)
+    save_checkpoint(folder / NEXT, state, keep=9)
+    assert target.read_text() == "precious"
+    assert newest_checkpoint(folder)[0] == NEXT
 
 
 # The lock of the folder
@@ -318,7 +343,7 @@ def test_all_ranks_save_one_checkpoint_or_raise(tmp_path):
 
 def hold(folder: Path, child_file: Path) -> None:
     """Lock a folder, start a child as a data loader does, and wait to be killed."""
-    FolderLock(folder).claim()
+    lock_folder(folder)
     child = os.fork()
     if child:
         child_file.write_text(f"{child}\n")
@@ -326,65 +351,56 @@ def hold(folder: Path, child_file: Path) -> None:
 
 
 def test_a_folder_is_locked_until_its_run_is_killed(tmp_path):
-    """A loader worker may outlive it. A deleted folder is claimed again."""
+    """A loader worker may outlive it. What the other run writes is left alone."""
     folder = tmp_path / "new" / "checkpoints"
     child_file = tmp_path / "child"
     context = torch.multiprocessing.get_context("forkserver")
     other = context.Process(target=hold, args=(folder, child_file), daemon=True)
     other.start()
-    wait_until(lambda: child_file.exists() and child_file.read_text().endswith("\n"))
-    lock = FolderLock(folder)
+    wait_until(
+        lambda: child_file.exists() and child_file.read_text().endswith("\n"),
+        "the other run has locked the folder",
+    )
     try:
+        (folder / ".tmp-checkpoint").touch()
         problem = f"another run uses {folder}.*--checkpoint_dir"
-        with pytest.raises(UserError, match=problem):
-            lock.claim()
-        assert not lock.is_held()
+        with pytest.raises(SystemExit, match=problem):
+            lock_folder(folder)
+        assert (folder / ".tmp-checkpoint").exists()
         other.kill()
         other.join()
-        lock.claim()
+        lock_folder(folder)
     finally:
         os.kill(int(child_file.read_text()), signal.SIGKILL)
-    assert lock.is_held()
-
-    shutil.rmtree(folder)
-    assert not lock.is_held()
-    folder.mkdir()
-    (folder / ".lock").touch()  # As another run does.
-    assert not lock.is_held()
-    lock.claim()
-    assert lock.is_held()
-
-
-def test_a_rank_releases_the_folder_however_it_ends(tmp_path):
-    files = []
-
-    def train(args, info, lock) -> int:
-        lock.claim()
-        files.append(lock.file)
-        raise KeyboardInterrupt
-
-    info = utils.RankInfo(0, 0, 1, 1, "")
-    with patch("train_ddp.train", train):
-        train_ddp.run_rank(info, Namespace(checkpoint_dir=tmp_path))
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(files[0])
+    assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
 def test_a_disk_without_locks_gets_a_warning(tmp_path, capfd):
     """The lock file may be a link: what it points to keeps its content."""
     (tmp_path / "target").write_text("precious")
     (tmp_path / ".lock").symlink_to("target")
-    lock = FolderLock(tmp_path)
     with patch("fcntl.lockf", side_effect=OSError(errno.ENOLCK, "No locks")):
-        lock.claim()
-        lock.claim()  # As each save does; once is enough for the warning.
-    lock.release()
+        lock_folder(tmp_path)
     warning = f"{tmp_path} is on a disk without locks"
     assert capfd.readouterr().err.count(warning) == 1
     assert (tmp_path / "target").read_text() == "precious"
 
 
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+def test_a_folder_in_which_nothing_can_be_saved_is_refused_at_once(tmp_path):
+    """It cannot be made, the lock is another user's, or files cannot be renamed there."""
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write to the checkpoint folder.*file"):
-        FolderLock(tmp_path / "file" / "checkpoints").claim()
+    denied = PermissionError(errno.EACCES, "denied", str(tmp_path / ".lock"))
+    unsupported = OSError(errno.ENOSYS, "not implemented")
+    for folder, target, error in (
+        (tmp_path / "file" / "checkpoints", "os.open", None),
+        (tmp_path, "os.open", denied),
+        (tmp_path, "pathlib.Path.replace", unsupported),
+    ):
+        with (
+            patch(target, side_effect=error) if error else contextlib.nullcontext(),
+            pytest.raises(
+                SystemExit, match="cannot write to the checkpoint folder"
+            ) as e,
+        ):
+            lock_folder(folder)
+        assert str(folder) in str(e.value) or error is unsupported

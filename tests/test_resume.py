@@ -16,8 +16,8 @@ from conftest import (
     SAMPLE,
     SCRIPT,
     Forked,
+    assert_same_result,
     checkpoints,
-    checksum,
     command,
     fault,
     fault_in_step,
@@ -26,8 +26,8 @@ from conftest import (
     wait_until,
 )
 from machines import two_machines
+from torchvision.datasets import MNIST
 
-import data
 import utils
 from model import ConvNet
 
@@ -56,11 +56,6 @@ def started_from(output: str) -> str:
     return Path(re.findall(r"^start +(.*)$", output, re.MULTILINE)[-1]).name
 
 
-def assert_same_result(folder: Path, straight: Path) -> None:
-    assert [record["epoch"] for record in newest(folder)["progress"]["history"]] == [1]
-    assert checksum(folder) == checksum(straight)
-
-
 @pytest.fixture
 def ranks(fork):
     """Start so many ranks without a launcher, which takes a tenth of the time."""
@@ -77,14 +72,15 @@ def test_the_record_of_an_epoch_adds_up(straight):
     assert [path.name for path in checkpoints(straight)] == names
     state = newest(straight)
     [record] = state["progress"]["history"]
-    used = 10_000  # As both ranks get equally many.
-    assert record["images_per_second"] * record["seconds"] == pytest.approx(used)
-    expected = {"epoch": 1, "epochs": 1, "step": STEPS, "seed": 0, "lr": 0.01}
-    expected |= {"batch_size": 64, "world_size": 2, "data": state["data"]}
-    assert record.items() >= expected.items()
-    assert 0.5 < record["train_loss"] < 1.5
+    assert (record["epoch"], record["step"]) == (1, STEPS)
+    # Both ranks get equally many of the 10,000 images.
+    assert record["images_per_second"] == pytest.approx(10_000 / record["seconds"])
+    flags = {"seed": 0, "epochs": 1, "batch_size": 64, "world_size": 2, "lr": 0.01}
+    assert state["args"] == flags
+    assert state["data"] == "MNIST, 10000 + 2000 items"
 
-    images, labels = data.read(SAMPLE, train=False)
+    files = MNIST(SAMPLE, train=False)
+    images, labels = files.data, files.targets
     model = ConvNet()
     model.load_state_dict(state["model"])
     with torch.inference_mode():
@@ -101,7 +97,8 @@ import os, signal
 fsync, calls = os.fsync, []
 def fsync_and_hold(file):
     calls.append(file)
-    if len(calls) == 5:  # Each save flushes two: the file and its folder.
+    # The probe of the folder and each save flush two: the file and its folder.
+    if len(calls) == 7:
         os.truncate(file, os.fstat(file).st_size // 2)
         open("held", "w").close()
         signal.pause()
@@ -115,7 +112,7 @@ def test_killed_in_mid_save_then_killed_then_stopped_the_end_is_bit_equal(
 ):
     folder = tmp_path / "checkpoints"
     jobs = ranks(2, *JOB, **fault(HOLD_THIRD_SAVE))
-    wait_until((tmp_path / "held").exists, started=jobs[0])
+    wait_until((tmp_path / "held").exists, "the third save", jobs[0])
     for job in jobs:
         job.kill()
     assert (folder / ".tmp-checkpoint").exists()
@@ -126,7 +123,7 @@ def test_killed_in_mid_save_then_killed_then_stopped_the_end_is_bit_equal(
     assert started_from(jobs[0].output()) == f"epoch00000-image{20 * 128:09d}.pt"
 
     jobs = ranks(2, *JOB, **fault_in_step(1, STOP, step=5))
-    assert [job.wait() for job in jobs] == [128 + signal.SIGTERM] * 2
+    assert [job.wait() for job in jobs] == [-signal.SIGTERM] * 2
     assert started_from(jobs[0].output()) == MIDWAY
     stopped_at = checkpoints(folder)[-1]
     assert STOPPED.findall(jobs[0].output()) == [f"checkpoints/{stopped_at.name}"]
@@ -153,7 +150,7 @@ def test_another_number_of_processes_takes_over_in_mid_epoch(
     shutil.copy(straight / MIDWAY, folder)
     flags = "--epochs", 1, "--batch_size", 32
     jobs = ranks(3, *flags, **fault_in_step(0, STOP, step=5))
-    assert [job.wait() for job in jobs] == [128 + signal.SIGTERM] * 3
+    assert [job.wait() for job in jobs] == [-signal.SIGTERM] * 3
     assert started_from(jobs[0].output()) == MIDWAY
     middle = newest(folder)["progress"]
     assert middle["images_done"] == 40 * 128 + (middle["step"] - 40) * 96
@@ -167,8 +164,9 @@ def test_another_number_of_processes_takes_over_in_mid_epoch(
         assert re.search(rf"^changed    {change}$", output, re.MULTILINE)
     [record] = newest(folder)["progress"]["history"]
     left = 10_000 - middle["images_done"]
-    # The rate is that of this process, which began in mid-epoch.
-    assert record["images_per_second"] * record["seconds"] == pytest.approx(left)
+    # Of the whole epoch, of which this process has trained the end only.
+    assert record["seconds"] > middle["seconds"]
+    assert record["images_per_second"] == pytest.approx(10_000 / record["seconds"])
     assert record["step"] - middle["step"] == -(-left // 32)
     assert record["test_accuracy"] > 0.94
 
@@ -176,10 +174,7 @@ def test_another_number_of_processes_takes_over_in_mid_epoch(
 def test_a_finished_run_is_left_alone_and_a_longer_one_continues(
     straight, fork, tmp_path
 ):
-    """A rerun says with what was trained, as its own flags may be others.
-
-    Another seed is refused, and nothing is overwritten.
-    """
+    """Another seed is refused, and nothing is overwritten."""
     folder = tmp_path / "checkpoints"
     shutil.copytree(straight, folder)
     before = {path: path.read_bytes() for path in checkpoints(folder)}
@@ -188,18 +183,16 @@ def test_a_finished_run_is_left_alone_and_a_longer_one_continues(
     finished = fork("--epochs", 1, *flags)
     assert finished.wait() == 0
     [record] = newest(folder)["progress"]["history"]
-    trained = "seed 0, epochs 1, batch_size 64, world_size 2, lr 0.01"
-    assert finished.output().splitlines()[-1] == (
-        f"finished   nothing left to train; trained before with {trained}: "
-        f"test accuracy {record['test_accuracy']:.2%}"
-    )
+    accuracy = f"test accuracy {record['test_accuracy']:.2%}"
+    last_line = finished.output().splitlines()[-1]
+    assert last_line == f"finished   nothing left to train; {accuracy}"
     assert not re.search("^(epoch|step) ", finished.output(), re.MULTILINE)
 
     refused = fork("--epochs", 2, *flags, "--seed", 5)
     assert refused.wait() == 1
     assert refused.output() == (
-        f"error: checkpoints/{last.name} has seed 0, this run has 5: "
-        "choose another --checkpoint_dir\n"
+        f"error: checkpoints/{last.name} does not fit (ValueError: it has seed 0, "
+        "this run has 5): choose another --checkpoint_dir\n"
     )
     assert {path: path.read_bytes() for path in checkpoints(folder)} == before
 
@@ -212,7 +205,8 @@ def test_a_finished_run_is_left_alone_and_a_longer_one_continues(
     assert path.name == "epoch00002-image000000000.pt"
     first, second = newest(folder)["progress"]["history"]
     assert first == record
-    assert (second["epoch"], second["step"], second["lr"]) == (2, 2 * STEPS, 0.02)
+    assert (second["epoch"], second["step"]) == (2, 2 * STEPS)
+    assert newest(folder)["args"]["lr"] == 0.02
     assert second["train_loss"] < first["train_loss"]
 
 
@@ -224,11 +218,14 @@ KILL_ONCE = f"if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': {KILL}"
 def test_restarted_ranks_do_not_find_the_addresses_of_dead_ones(monkeypatch):
     """torchrun keeps its store over all restarts."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    info = utils.RankInfo(0, 0, 1, 1, f"tcp://127.0.0.1:{server.port}")
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    one_rank = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    one_rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": server.port}
+    one_rank |= {"TORCHELASTIC_USE_AGENT_STORE": True}
+    for name, value in one_rank.items():
+        monkeypatch.setenv(name, str(value))
     for restarts in "0", "1":
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
-        store = utils.open_store(info)
+        store, _, _ = utils.open_store()
         assert not store.check(["address"])
         store.set("address", "127.0.0.1")
 
@@ -304,18 +301,21 @@ def test_a_node_joins_and_is_killed_and_training_continues(agent, tmp_path):
 
     def wait_for_progress() -> None:
         before = {*checkpoints(folder)}
-        wait_until(lambda: {*checkpoints(folder)} - before, started=first)
+        wait_until(lambda: {*checkpoints(folder)} - before, "a new checkpoint", first)
 
     first.wait_for("processes  1 on")
     wait_for_progress()
     second = agent("second", "1:2", *flags)
     wait_until(
-        lambda: "processes  2 on" in first.output() + second.output(), started=second
+        lambda: "processes  2 on" in first.output() + second.output(),
+        "the second node has joined",
+        second,
     )
     wait_for_progress()
     for pid in [second.process.pid, *second.workers()]:
         os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: first.output().count("processes  1 on") == 2, started=first)
+    restarted = lambda: first.output().count("processes  1 on") == 2
+    wait_until(restarted, "the first node trains alone again", first)
     wait_for_progress()
     first.process.send_signal(signal.SIGTERM)
     first.wait()

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -19,13 +18,10 @@ from conftest import (
     fault_in_step,
     hand_set,
     newest,
-    processes,
     run,
     runs,
     wait_until,
 )
-
-import utils
 
 LONG = "--epochs", 1000, "--batch_size", 50, "--save_every", 10, "--keep", 100
 TOGETHER = 60  # seconds within which a job ends, on any machine; TIMEOUT is ten minutes
@@ -43,7 +39,15 @@ def run_spawned_rank(*args):
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     run_rank_of_launcher(*args)
+"""
+# So fast that more than a second passes between any two signals.
+FAST_CLOCK = """
+import types
+clock = time.monotonic
+time = types.SimpleNamespace(monotonic=lambda: 1e9 * clock())
 """
 
 
@@ -66,7 +70,8 @@ def everyone(job: Started) -> list[int]:
 
 
 def all_end(pids: list[int]) -> None:
-    wait_until(lambda: not any(map(alive, pids)), TOGETHER)
+    ended = lambda: not any(map(alive, pids))
+    wait_until(ended, "the end of all processes", timeout=TOGETHER)
 
 
 def status(pid: int, name: str) -> str:
@@ -75,16 +80,25 @@ def status(pid: int, name: str) -> str:
     return re.search(rf"^{name}:\s*(\w+)", text, re.MULTILINE)[1]
 
 
+def has_bit(pid: int, name: str, number: int) -> bool:
+    """Whether a signal is in a set of signals from /proc/PID/status."""
+    return bool(int(status(pid, name), 16) & 1 << number - 1)
+
+
+def wait_for_stop(pid: int, job: Started) -> None:
+    wait_until(lambda: status(pid, "State") == "T", f"process {pid} is frozen", job)
+
+
 def wait_for_progress(job: Started, folder: Path) -> None:
     """Wait for a checkpoint that was not there before."""
     before = {*checkpoints(folder)}
-    wait_until(lambda: {*checkpoints(folder)} - before, 120, job)
+    wait_until(lambda: {*checkpoints(folder)} - before, "a new checkpoint", job)
 
 
 def check_saved(job: Started, folder: Path, global_batch: int) -> None:
     """One line says what was saved; it is the newest checkpoint, and it is consistent."""
-    [named] = re.findall(STOPPED, job.output())
-    assert named == f"{folder.name}/{checkpoints(folder)[-1].name}"
+    named = re.findall(STOPPED, job.output())
+    assert named == [f"{folder.name}/{checkpoints(folder)[-1].name}"], job.output()
     progress = newest(folder)["progress"]
     images = progress["epoch"] * 10000 + progress["images_done"]
     assert images == progress["step"] * global_batch
@@ -92,92 +106,115 @@ def check_saved(job: Started, folder: Path, global_batch: int) -> None:
 
 def error_line(output: str) -> str:
     """The only error line of a run that ended without a traceback."""
-    assert "Traceback" not in output
-    [line] = re.findall("^error: .*", output, re.MULTILINE)
-    return line
+    assert "Traceback" not in output, output
+    lines = re.findall("^error: .*", output, re.MULTILINE)
+    assert len(lines) == 1, output
+    return lines[0]
 
 
 # Stops
 
 
-def test_every_stop_signal_saves_and_then_ends_the_process(fork, tmp_path):
+@pytest.mark.parametrize("name", ["INT", "TERM", "HUP", "USR1", "USR2", "XCPU"])
+def test_every_stop_signal_saves_and_then_ends_the_process(fork, tmp_path, name):
     """It dies of the signal, as other programs do; its loader workers leave it to it."""
+    number = signal.Signals[f"SIG{name}"]
+    job = fork(*LONG, **WITH_LOADERS)
+    wait_for_progress(job, tmp_path / "checkpoints")
+    for pid in reversed(everyone(job)):
+        os.kill(pid, number)
+    assert job.wait() == -number, job.output()
+    check_saved(job, tmp_path / "checkpoints", 50)
+    assert "rror" not in job.output()
+
+
+@pytest.mark.parametrize("stopped_rank", [0, 1])
+def test_a_signal_to_one_rank_stops_all_of_them_after_one_step(
+    fork, tmp_path, stopped_rank
+):
+    """None of them exits with 0, by which a launcher would take the training for finished."""
     folder = tmp_path / "checkpoints"
-    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1:
-        job = fork(*LONG, **WITH_LOADERS)
-        wait_for_progress(job, folder)
-        for pid in reversed(everyone(job)):
-            os.kill(pid, number)
-        assert job.wait() == -number
-        check_saved(job, folder, 50)
-        assert "rror" not in job.output()
+    jobs = [fork(*LONG, **WITH_LOADERS, **env) for env in hand_set(2)]
+    wait_for_progress(jobs[0], folder)
+    os.kill(jobs[stopped_rank].process.pid, signal.SIGUSR1)
+    codes = [job.wait() for job in jobs]
+    expected = [-signal.SIGTERM] * 2
+    expected[stopped_rank] = -signal.SIGUSR1
+    assert codes == expected, jobs[0].output()
+    check_saved(jobs[0], folder, 100)
+    assert jobs[1].output() == ""
 
 
-def test_a_signal_to_one_rank_stops_all_of_them_after_one_step(fork, tmp_path):
-    """Their exit codes are 128 + the number: by those, torchrun restarts them."""
-    folder = tmp_path / "checkpoints"
-    for stopped_rank in 0, 1:
-        jobs = [fork(*LONG, **WITH_LOADERS, **env) for env in hand_set(2)]
-        wait_for_progress(jobs[0], folder)
-        os.kill(jobs[stopped_rank].process.pid, signal.SIGUSR1)
-        codes = [job.wait() for job in jobs]
-        expected = [128 + signal.SIGTERM] * 2
-        expected[stopped_rank] = 128 + signal.SIGUSR1
-        assert codes == expected, jobs[0].output()
-        check_saved(jobs[0], folder, 100)
-        assert jobs[1].output() == ""
-
-
-# By launcher: a signal, and who gets it, of the launcher, rank 0, and the others. Kubernetes sends
-# SIGTERM to the launcher, and Slurm SIGUSR1 to all.
-LAUNCHER, RANK_0, ALL = slice(1), slice(1, 2), slice(None)
-STOPS = {
-    "own": [
-        (signal.SIGKILL, RANK_0),
-        (signal.SIGTERM, ALL),
-        (signal.SIGKILL, LAUNCHER),
-    ],
-    "torchrun": [(signal.SIGTERM, LAUNCHER)],
-    "torchrun, rarer": [
-        (signal.SIGINT, LAUNCHER),
-        (signal.SIGKILL, LAUNCHER),
-        (signal.SIGUSR1, ALL),
-    ],
-}
+# Who gets the signal: the launcher, rank 0, or all processes of the job.
+TARGETS = {"launcher": slice(1), "rank 0": slice(1, 2), "all": slice(None)}
+STOPS = [
+    ("own", "TERM", "all"),
+    ("own", "KILL", "launcher"),
+    ("own", "TERM", "rank 0"),
+    ("torchrun", "TERM", "launcher"),
+    # Rarer ones.
+    ("torchrun", "INT", "launcher"),
+    ("torchrun", "KILL", "launcher"),
+    ("torchrun", "USR1", "all"),
+]
 
 
 @pytest.mark.parametrize(
-    "launcher",
-    ["own", "torchrun", pytest.param("torchrun, rarer", marks=pytest.mark.slow)],
+    "launcher, name, target",
+    [
+        pytest.param(*stop, id="-".join(stop), marks=[pytest.mark.slow] * (n > 3))
+        for n, stop in enumerate(STOPS)
+    ],
 )
 def test_stopped_by_any_signal_to_anyone_a_training_loses_nothing(
-    start, launch, tmp_path, launcher
+    start, launch, tmp_path, launcher, name, target
 ):
-    """With loader workers."""
+    """With loader workers. A rank that was told alone ends the others, which is a failure."""
     folder = tmp_path / "checkpoints"
-    for number, target in STOPS[launcher]:
-        saved = checkpoints(folder)
-        if launcher == "own":
-            job = launch(*LONG, **WITH_LOADERS)
-        else:
-            job = start(command(*LONG, torchrun=2), **WITH_LOADERS)
-        wait_for_progress(job, folder)
-        place = f"{folder.name}/{saved[-1].name}" if saved else "from scratch"
-        assert f"\nstart      {place}" in job.output()
-        pids = everyone(job)
-        for pid in pids[target]:
-            os.kill(pid, number)
-        code = job.wait()
-        if target == RANK_0:
-            assert code == 128 + number
-            continue
-        all_end(pids)
-        check_saved(job, folder, 100)
-        if launcher == "own":
-            assert code == -number
-            assert "rror" not in job.output()
-        else:
-            assert code != 0
+    number = signal.Signals[f"SIG{name}"]
+    if launcher == "own":
+        job = launch(*LONG, **WITH_LOADERS)
+    else:
+        job = start(command(*LONG, torchrun=2), **WITH_LOADERS)
+    wait_for_progress(job, folder)
+    pids = everyone(job)
+    for pid in pids[TARGETS[target]]:
+        os.kill(pid, number)
+    code = job.wait()
+    all_end(pids)
+    check_saved(job, folder, 100)
+    if launcher == "own" and target != "rank 0":
+        assert code == -number
+        assert "rror" not in job.output()
+    else:
+        assert code != 0
+
+
+def test_a_killed_rank_ends_the_run_and_the_rerun_resumes(launch, tmp_path):
+    folder = tmp_path / "checkpoints"
+    job = launch(*LONG, **WITH_LOADERS)
+    wait_for_progress(job, folder)
+    pids = everyone(job)
+    os.kill(pids[1], signal.SIGKILL)
+    assert job.wait() == 1
+    all_end(pids)
+    saved = checkpoints(folder)[-1]
+    job = launch(*LONG)
+    wait_for_progress(job, folder)
+    assert f"\nstart      checkpoints/{saved.name}\n" in job.output()
+
+
+def test_a_rank_stops_when_torchrun_is_killed(fork, tmp_path):
+    """The process that is started here only waits; its child is the rank, as of torchrun."""
+    [rank] = hand_set(1)
+    rank |= {"LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x"}
+    forks = fault("import os, signal\nif os.fork():\n    signal.pause()")
+    job = fork(*LONG, **rank, **forks)
+    wait_for_progress(job, tmp_path / "checkpoints")
+    pids = everyone(job)
+    os.kill(pids[0], signal.SIGKILL)
+    all_end(pids)
+    check_saved(job, tmp_path / "checkpoints", 50)
 
 
 def test_ctrl_c_ends_a_loop_in_bash(start, tmp_path):
@@ -211,41 +248,72 @@ def test_no_rank_leaves_before_the_checkpoint_is_on_the_disk(fork, tmp_path):
     assert len(checkpoints(tmp_path / "checkpoints")) == 1
     jobs[0].wait()
     check_saved(jobs[0], tmp_path / "checkpoints", 100)
-    assert newest(tmp_path / "checkpoints")["progress"]["step"] == 20
+    assert newest(tmp_path / "checkpoints")["progress"]["step"] == 21
 
 
 def test_a_second_ctrl_c_ends_even_a_frozen_run_at_once(launch):
-    job = launch(*LONG, **fault_in_step(1, "os.kill(os.getpid(), signal.SIGSTOP)"))
-    wait_until(lambda: len(everyone(job)) == 3, 120, job)
+    freezes = fault_in_step(1, "os.kill(os.getpid(), signal.SIGSTOP)")["FAULT"]
+    job = launch(*LONG, **fault(utils=FAST_CLOCK, **json.loads(freezes)))
+    wait_until(lambda: len(everyone(job)) == 3, "two ranks", job)
     launcher, _, frozen = pids = everyone(job)
-    wait_until(lambda: status(frozen, "State") == "T", 120, job)
+    wait_for_stop(frozen, job)
     os.kill(launcher, signal.SIGINT)
     # Until the launcher has passed it on: two signals at once could arrive as one.
-    sigterm = 1 << signal.SIGTERM - 1
-    wait_until(lambda: int(status(frozen, "ShdPnd"), 16) & sigterm, 120, job)
+    passed_on = lambda: has_bit(frozen, "ShdPnd", signal.SIGTERM)
+    wait_until(passed_on, "the launcher has passed the signal on", job)
     os.kill(launcher, signal.SIGINT)
     assert job.wait(TOGETHER) == -signal.SIGINT
     all_end(pids)
     assert not re.search(STOPPED, job.output())
 
 
-def test_a_second_ctrl_c_ends_a_process_before_it_has_saved(fork, tmp_path):
-    interrupt = "os.kill(os.getpid(), signal.SIGINT)"
-    job = fork(*LONG, **fault_in_step(0, f"{interrupt}; {interrupt}"))
+@pytest.mark.parametrize("clock, is_saved", [("", True), (FAST_CLOCK, False)])
+def test_only_a_ctrl_c_after_a_second_is_a_second_one(fork, tmp_path, clock, is_saved):
+    """Terminals, `timeout` and notebooks send it twice; a person who insists wants the end."""
+    twice = "\n        ".join(["os.kill(os.getpid(), signal.SIGINT)"] * 2)
+    faults = json.loads(fault_in_step(0, twice)["FAULT"])
+    job = fork(*LONG, **fault(utils=clock, **faults))
     assert job.wait(TOGETHER) == -signal.SIGINT
-    assert not checkpoints(tmp_path / "checkpoints")
+    assert bool(checkpoints(tmp_path / "checkpoints")) == is_saved
+    if is_saved:
+        check_saved(job, tmp_path / "checkpoints", 50)
+
+
+def test_a_launcher_that_gets_ctrl_c_twice_at_once_saves(launch, tmp_path):
+    job = launch(*LONG)
+    wait_for_progress(job, tmp_path / "checkpoints")
+    for _ in range(2):
+        for pid in everyone(job):
+            os.kill(pid, signal.SIGINT)
+    assert job.wait(TOGETHER) == -signal.SIGINT
+    check_saved(job, tmp_path / "checkpoints", 100)
+
+
+SIGNALLED_WHILE_SPAWNING = """
+spawn = mp.spawn
+def spawn_and_be_stopped(*args, **kwargs):
+    context = spawn(*args, **kwargs)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return context
+mp.spawn = spawn_and_be_stopped
+"""
+
+
+def test_a_signal_that_comes_while_ranks_are_started_is_not_lost(launch):
+    job = launch(*LONG, **fault(utils=SIGNALLED_WHILE_SPAWNING))
+    assert job.wait(TOGETHER) == -signal.SIGTERM, job.output()
+    assert not job.everyone()
 
 
 # Output that goes away
 
 
-def test_an_output_that_fails_costs_nothing(tmp_path):
-    """Nor does a name of a folder that the terminal cannot show."""
-    cmd = command("--epochs", 2, "--batch_size", 500, "--checkpoint_dir", "Läufe")
+def test_a_reader_of_the_output_that_ends_costs_nothing(tmp_path):
+    cmd = command("--epochs", 2, "--batch_size", 500)
     shell = '"$@" | head -n 1\nexit ${PIPESTATUS[0]}'
-    done = run([*SH, shell, "-", *cmd], tmp_path, PYTHONIOENCODING="ascii")
+    done = run([*SH, shell, "-", *cmd], tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert len(checkpoints(tmp_path / "Läufe")) == 2
+    assert len(checkpoints(tmp_path / "checkpoints")) == 2
 
 
 # As after Ctrl-C to a `tee`, with a full disk, in a terminal that was closed, and with `>&-`.
@@ -259,49 +327,42 @@ FAILING_OUTPUTS = {
 NOHUP = "import os, signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
 
 
-def test_ctrl_c_to_a_run_whose_output_fails_saves(launch, tmp_path):
+@pytest.mark.parametrize("output", FAILING_OUTPUTS)
+def test_ctrl_c_to_a_run_whose_output_fails_saves(launch, tmp_path, output):
     """A hangup that is ignored, as under `nohup`, stops nobody."""
     folder = tmp_path / "checkpoints"
-    for name, code in FAILING_OUTPUTS.items():
-        job = launch(*LONG, **fault(NOHUP + code))
+    job = launch(*LONG, **fault(NOHUP + FAILING_OUTPUTS[output]))
+    wait_for_progress(job, folder)
+    for pid in everyone(job):
+        os.kill(pid, signal.SIGHUP)
+    for _ in range(2):
         wait_for_progress(job, folder)
-        for pid in everyone(job):
-            os.kill(pid, signal.SIGHUP)
-        for _ in range(2):
-            wait_for_progress(job, folder)
-        os.kill(job.process.pid, signal.SIGINT)
-        # Ranks that could not save, or failed afterwards, would have another code.
-        assert job.wait() == -signal.SIGINT, name
+    os.kill(job.process.pid, signal.SIGINT)
+    # Ranks that could not save, or failed afterwards, would have another code.
+    assert job.wait() == -signal.SIGINT
 
 
 # Ranks that do not come, die or freeze
 
-# A hundred times as fast, so that 10 s pass in 0.1 s.
-FAST_CLOCK = """
-import types
-real = time
-time = types.SimpleNamespace(monotonic=lambda: 100 * real.monotonic(), sleep=real.sleep)
-"""
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_waits_for_another_gives_up_in_the_end(fork, rank):
+    job = fork(**hand_set(2)[rank], **fault(utils="TIMEOUT = timedelta(seconds=3)"))
+    assert job.wait(TOGETHER) == 1
+    assert re.search("timed out|timeout", job.output(), re.IGNORECASE), job.output()
 
 
-@pytest.mark.parametrize("rank, missing", [(0, "rank 1"), (1, "rank 0")])
-def test_a_rank_says_for_whom_it_waits_and_gives_up_in_the_end(fork, rank, missing):
-    """Ctrl-C ends it meanwhile."""
-    env = hand_set(2)[rank]
-    place = f"127.0.0.1:{env['MASTER_PORT']}"
-    warning = f"rank {rank} waits for {missing} at {place}"
-    soon = fault(utils=f"{FAST_CLOCK}\nTIMEOUT = timedelta(seconds=100)")
-    job = fork(**env, **soon)
-    assert job.wait() == 1
-    assert job.output() == (
-        f"warning: {warning}, for 10 seconds now\n"
-        f"error: {warning}; gave up after 0:01:40\n"
+def test_ctrl_c_ends_a_rank_that_waits_for_another(fork):
+    """Python's own handler would have to wait for C++ code that waits."""
+    job = fork(**hand_set(2)[1])
+    pid = job.process.pid
+    left_alone = lambda: (
+        not any(has_bit(pid, name, signal.SIGINT) for name in ("SigCgt", "SigIgn"))
     )
-    job = fork(**env, **fault(utils=f"{FAST_CLOCK}\nTIMEOUT = timedelta(days=99)"))
-    job.wait_for("for 10 seconds now\n")
-    os.kill(job.process.pid, signal.SIGINT)
-    assert job.wait() == -signal.SIGINT
-    assert job.output() == f"warning: {warning}, for 10 seconds now\n"
+    wait_until(left_alone, "Ctrl-C is left to the kernel", job)
+    os.kill(pid, signal.SIGINT)
+    assert job.wait(TOGETHER) == -signal.SIGINT
+    assert job.output() == ""
 
 
 RAISES = """torch.distributed.destroy_process_group = lambda: print("torn down", flush=True)
@@ -328,30 +389,27 @@ WAIT = """while not os.path.exists("go"):
 def test_when_a_rank_dies_all_end_soon_and_the_cause_is_reported(
     torchrun, rank, kind, tmp_path, start, launch
 ):
-    """With a failure, no orphans, and the first cause readable once."""
+    """With a failure, no orphans, and the first cause readable."""
     (tmp_path / "tmp").mkdir()
     env = {"TMPDIR": str(tmp_path / "tmp"), **fault_in_step(rank, WAIT + FAULTS[kind])}
     if torchrun:
         job = start(command(*LONG, torchrun=2), **env)
     else:
         job = launch(*LONG, **env)
-    wait_until((tmp_path / "fault").exists, 120, job)
+    wait_until((tmp_path / "fault").exists, "the faulty step", job)
     pids = everyone(job)
     (tmp_path / "go").touch()
-    assert job.wait(TOGETHER) != 0
+    assert job.wait(TOGETHER) == 1
     all_end(pids)
     output = job.output()
     if kind == "raises":
-        assert output.count("\nConnectionResetError: ") == 1
-        assert f"rank {rank} failed:" in output
+        assert f"[rank{rank}]: ConnectionResetError: Connection reset by peer" in output
         assert "torn down" not in output  # which can hang, with pending collectives
-        assert re.findall("rank . lost another rank", output) == [
-            f"rank {1 - rank} lost another rank"
-        ]
+        if torchrun:  # It names the first failure in its table.
+            assert re.search(r"rank +: 1 .*\n.*\n.*\n *traceback", output)
     else:
         end = "exit code 7;" if kind == "exits" else "signal SIGKILL;"
         assert output.count(f"error: process {rank} terminated with {end}") == 1
-        assert "Traceback" not in output
     assert not [*(tmp_path / "tmp").glob("train_ddp-*")]
 
 
@@ -360,20 +418,11 @@ def test_a_frozen_rank_ends_the_run_after_the_timeout(launch):
     freezes = fault_in_step(0, "os.kill(os.getpid(), signal.SIGSTOP)")["FAULT"]
     short = fault(utils="TIMEOUT = timedelta(seconds=3)", **json.loads(freezes))
     job = launch(*LONG, **short)
-    wait_until(lambda: len(everyone(job)) == 3, 120, job)
+    wait_until(lambda: len(everyone(job)) == 3, "two ranks", job)
     pids = everyone(job)
-    assert job.wait(TOGETHER) != 0
+    assert job.wait(TOGETHER) == 1
     all_end(pids)
-    assert "rank 1 lost another rank" in error_line(job.output())
-
-
-def test_a_single_process_never_claims_to_have_lost_another_rank(fork):
-    """What is not recognised keeps its traceback."""
-    trouble = 'raise RuntimeError("[/gloo/transport/tcp/pair.cc:9] Connection closed")'
-    job = fork(*LONG, **fault_in_step(0, trouble))
-    assert job.wait() == 1
-    assert "RuntimeError: [/gloo" in job.output()
-    assert "lost another rank" not in job.output()
+    assert "[rank1]: " in job.output() and "Timed out" in job.output()
 
 
 def imports_torch(pid: int) -> bool:
@@ -385,19 +434,19 @@ def imports_torch(pid: int) -> bool:
     return runs(pid, "spawn_main") and "libtorch_cpu" in maps
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
-)
-def test_a_stop_during_start_up_ends_all_at_once(number, tmp_path, start):
-    """Ctrl-C, and a killed launcher."""
-    job = start(command(*LONG, *TWO), MARK=str(tmp_path))
-    wait_until(lambda: any(map(imports_torch, job.workers())), 120, job)
-    if number == signal.SIGINT:
+@pytest.mark.parametrize("name", ["INT", "KILL"])
+def test_a_stop_during_start_up_ends_all_at_once(name, tmp_path, start):
+    """Ctrl-C, and a killed launcher, while a rank imports torch."""
+    number = signal.Signals[f"SIG{name}"]
+    job = start(command(*LONG, *TWO))
+    importing = lambda: any(map(imports_torch, job.workers()))
+    wait_until(importing, "a rank imports torch", job)
+    if name == "INT":
         os.killpg(job.process.pid, number)
     else:
         os.kill(job.process.pid, number)
     assert job.wait(TOGETHER) == -number
-    wait_until(lambda: not processes(tmp_path), TOGETHER)
+    wait_until(lambda: not job.everyone(), "the end of all ranks", timeout=TOGETHER)
     assert not checkpoints(tmp_path / "checkpoints")
 
 
@@ -406,7 +455,8 @@ def test_ctrl_c_before_there_is_something_to_save_leaves_without_a_word(
 ):
     waits = "import time\ndef load_data(*args, **kwargs):\n    time.sleep(999)\n"
     job = launch(*LONG, **fault(data=waits))
-    wait_until((tmp_path / "checkpoints" / ".lock").exists, 120, job)
+    locked = (tmp_path / "checkpoints" / ".lock").exists
+    wait_until(locked, "the folder is locked", job)
     pids = everyone(job)
     for pid in reversed(pids):  # as a terminal may do it
         os.kill(pid, signal.SIGINT)
@@ -438,7 +488,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole_and_names_the_good_one(
     # Another user could not delete the file in which two ranks have met.
     begin = fork if problem == "Permission denied" else launch
     job = begin(*LONG, **fault_in_step(0, BAD_DISKS[problem], step=15))
-    assert job.wait() == 1
+    assert job.wait() == 1, job.output()
     [path] = checkpoints(tmp_path / "checkpoints")
     assert path.stat().st_size > 100_000
     assert newest(path.parent)["progress"]["step"] == 10
@@ -448,48 +498,18 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole_and_names_the_good_one(
     assert not re.search(STOPPED, job.output())
 
 
-FREEZE_BEFORE_SAVES = """
-claim = FolderLock.claim
-def claim_later(self):
-    if self.file is not None:
-        os.kill(os.getpid(), signal.SIGSTOP)
-    claim(self)
-FolderLock.claim = claim_later
-"""
-
-
-def test_one_run_per_folder_even_if_it_is_deleted_meanwhile(fork, tmp_path):
-    """A deleted folder is created again, unless another run has it by now."""
+def test_a_second_run_in_a_folder_is_refused_and_a_deleted_folder_made_again(
+    fork, tmp_path
+):
     folder = tmp_path / "checkpoints"
-    first = fork(*LONG, **fault(utils=FREEZE_BEFORE_SAVES))
-    pid = first.process.pid
-    wait_until(lambda: status(pid, "State") == "T", 120, first)
-    shutil.rmtree(folder)
-    os.kill(pid, signal.SIGCONT)
-    wait_until(lambda: checkpoints(folder), 120, first)
-    wait_until(lambda: status(pid, "State") == "T", 120, first)
+    first = fork(*LONG)
+    wait_for_progress(first, folder)
     second = fork(*LONG)
     assert second.wait() == 1
     error = "error: another run uses checkpoints: choose another --checkpoint_dir\n"
     assert second.output() == error  # and nothing else: it has not begun to train
-
-    shutil.rmtree(folder)
-    other = utils.FolderLock(folder)
-    other.claim()
-    os.kill(pid, signal.SIGCONT)
-    assert first.wait() == 1
-    other.release()
-    assert error_line(first.output()) == error.strip()
-    assert not checkpoints(folder)
-
-
-def test_an_error_is_printed_before_the_group_is_taken_down(fork, tmp_path):
-    """Meanwhile torchrun may end rank 0, because another rank has left already."""
-    ended = "dist.destroy_process_group = lambda: os.kill(os.getpid(), signal.SIGTERM)"
-    (tmp_path / "checkpoints").touch()
-    job = fork(*LONG, **fault(utils=ended))
-    assert job.wait() == -signal.SIGTERM
-    assert "cannot write to the checkpoint folder" in error_line(job.output())
+    folder.rename(tmp_path / "moved")
+    wait_until(lambda: checkpoints(folder), "a checkpoint in a new folder", first)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_never_reaches_a_checkpoint(

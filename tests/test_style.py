@@ -5,7 +5,7 @@ import ast
 import pytest
 from conftest import ROOT
 
-LONGEST_FUNCTION = 45  # lines
+LONGEST_FUNCTION = 60  # lines
 DEEPEST_NESTING = 4  # blocks in a function
 
 

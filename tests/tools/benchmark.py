@@ -39,6 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 import torch.distributed as dist
+import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
@@ -53,38 +54,43 @@ Arm = Callable[[], None]
 
 def compare_loops(data_dir: Path, quick: bool, world_size: int) -> None:
     """Start `world_size` ranks as the program does; rank 0 prints the figures as JSON."""
-    utils.launch(measure_as_rank, (data_dir, quick, world_size), world_size)
+    if world_size == 1:
+        measure_as_rank((data_dir, quick))
+    else:
+        utils.launch(measure_as_rank, (data_dir, quick), world_size)
 
 
-def measure_as_rank(info: utils.RankInfo, args: tuple[Path, bool, int]) -> int:
+def measure_as_rank(args: tuple[Path, bool]) -> None:
     """Set up what the program sets up, with few images, and measure in place of training."""
-    data_dir, quick, world_size = args
+    data_dir, quick = args
     blocks = 1 if quick else 10
     steps = 4 if quick else 30
-    device = utils.join_process_group(info)
-    images, labels = data.read(data_dir, train=True)
+    device = utils.init_distributed()
+    world_size = dist.get_world_size()
+    images, labels = read(data_dir, train=True)
     size = world_size * BATCH * steps
-    train_set = data.Digits(images[:size], labels[:size])
-    model = train_ddp.ConvNet().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.95), fused=True)
-    flags = SimpleNamespace(epochs=1, batch_size=BATCH, world_size=world_size)
+    train_set = data.Digits(images[:size], labels[:size], seed=0)
+    model = train_ddp.build_model(train_set)
     # A low rate: units that die leave denormal numbers, which are slow to compute.
-    flags.lr = 0.0001
+    optimizer = train_ddp.build_optimizer(model, 0.0001)
+    flags = SimpleNamespace(epochs=1, batch_size=BATCH, world_size=world_size)
     flags.save_every = None
-    lock = utils.FolderLock(data_dir)
-    progress = train_ddp.Progress()
-    run = train_ddp.Run(flags, device, "", size, model, optimizer, lock, progress)
+    run = train_ddp.Run(flags, device, "", size, model, optimizer)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    train_ddp.settle_buckets(ddp, train_set)
     arms = create_arms(run, ddp, train_set)
     rates = time_arms(arms, blocks, BATCH * steps)
-    if info.rank == 0:
+    if dist.get_rank() == 0:
         figures = summarize(rates)
         figures["peak_share"] = flops_of_an_image(model) * figures["bare"] / world_size
         figures["peak_share"] /= matrix_product_flops(quick)
         print(json.dumps(figures), flush=True)
     dist.destroy_process_group()
-    return 0
+
+
+def read(data_dir: Path, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return images and labels as the files have them."""
+    files = getattr(torchvision.datasets, data.DATASET)(data_dir, train=train)
+    return files.data, files.targets
 
 
 def create_arms(
@@ -100,15 +106,16 @@ def create_arms(
     gradients = torch.zeros(sum(p.numel() for p in model.parameters()))
     loss_function = nn.CrossEntropyLoss(label_smoothing=train_ddp.LABEL_SMOOTHING)
 
-    def loop(loader) -> None:
+    def loop(loader, batch_size: int = BATCH) -> None:
+        run.args.batch_size = batch_size
         run.progress = train_ddp.Progress()
         sampler.set_epoch(0)
-        train_set.set_epoch(0, 0)
-        train_ddp.train_epoch(run, ddp, loader, [])
+        train_set.set_epoch(0)
+        train_ddp.train_epoch(run, ddp, loader, utils.StopRequest())
 
     def ddp_steps() -> None:
-        for images, labels in batches:
-            train_ddp.train_step(run, ddp, images, labels)
+        for batch in batches:
+            train_ddp.train_step(run, ddp, batch)
 
     def bare_steps(meet: Arm = lambda: None) -> None:
         for images, labels in batches:
@@ -132,7 +139,7 @@ def create_arms(
         "all_reduce": all_reduce,
     }
     if run.args.world_size == 2:
-        arms["half"] = functools.partial(loop, half)
+        arms["half"] = functools.partial(loop, half, BATCH // 2)
     return arms
 
 
@@ -203,7 +210,7 @@ def fast(data_dir: Path, quick: bool) -> None:
     of 256 and 10; Adam with betas (0.7, 0.9), one-cycle to 0.01, batches of 256, in order.
     """
     torch.set_num_threads(2)
-    pixels, labels = zip(*(data.read(data_dir, train=train) for train in (True, False)))
+    pixels, labels = zip(*(read(data_dir, train) for train in (True, False)))
     images, test_images = [
         (part.unsqueeze(1).float() / 255 - 0.1307) / 0.3081 for part in pixels
     ]
@@ -311,7 +318,7 @@ def one_round(data_dir: Path, quick: bool, seed: int) -> dict[str, float]:
         "command to first step, s": started,
         "command to first step / import all (goal 1.2)": started / floor,
         "rerun of a finished training, s": rerun,
-        "rerun of a finished training / import torch (goal 3)": rerun / plain,
+        "rerun of a finished training / import torch (goal 2)": rerun / plain,
         "peak memory of a rank, 1 epoch, MB": memory,
         "peak memory, 3 epochs / 1 epoch (goal 1)": trained["memory3"] / memory,
     }
@@ -362,7 +369,7 @@ def main() -> None:
     if not args.quick and data_dir == data.SAMPLE_DIR:
         parser.error("--data_dir is needed, unless --quick is set")
     count = 1 if args.quick else args.rounds
-    name, _, _ = data.load_data(data_dir, download=True)
+    name, _, _ = data.load_data(data_dir, seed=0, download=True)
     print(f"{machine()}, {name}, rounds: {count}", flush=True)
     rounds = []
     for number in range(count):

@@ -19,17 +19,18 @@ config:
 xychart-beta"""
 
 
-def history_of(folder: str) -> list[dict]:
-    """Return the record of each epoch from the newest checkpoint of a folder."""
-    newest = max(Path(folder).glob("epoch*.pt"))
-    return torch.load(newest, weights_only=True)["progress"]["history"]
+def newest(folder: str) -> dict:
+    """Return the newest checkpoint of a folder."""
+    path = max(Path(folder).glob("epoch*.pt"))
+    return torch.load(path, weights_only=True)
 
 
 def chart(folders: list[str]) -> str:
     """Return the test accuracies as one line per folder, over the images seen."""
-    histories = [history_of(folder) for folder in folders]
-    # The name of the data begins with the number of training images.
-    thousands = int(re.search(r"(\d+)\+", histories[0][0]["data"])[1]) / 1000
+    checkpoints = [newest(folder) for folder in folders]
+    histories = [checkpoint["progress"]["history"] for checkpoint in checkpoints]
+    # The name of the data ends with the numbers of training and test images.
+    thousands = int(re.search(r"(\d+) \+", checkpoints[0]["data"])[1]) / 1000
     seen = [round(record["epoch"] * thousands) for record in histories[0]]
     curves = []
     for history in histories:

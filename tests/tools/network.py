@@ -59,9 +59,8 @@ STEPS = 20
 
 def measure() -> None:
     """Be a rank; rank 0 prints the median times, in seconds."""
-    info = utils.read_rank_info()
-    utils.join_process_group(info)
-    _, _, digits = load_data(SAMPLE_DIR, download=False)
+    utils.init_distributed()
+    _, _, digits = load_data(SAMPLE_DIR, seed=0, download=False)
     batches = list(make_loader(Subset(digits, range(STEPS * 64)), 64))
     narrow = ConvNet()
     wide = ConvNet()
@@ -73,9 +72,10 @@ def measure() -> None:
     for name, model in ("narrow", narrow), ("wide", wide):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         run = SimpleNamespace(device=torch.device("cpu"), optimizer=optimizer)
+        run.model = model
         ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        settle_buckets(ddp, digits)
-        arms[name] = lambda batch, d=ddp, r=run: train_step(r, d, *batch)
+        settle_buckets(run, ddp, batches[0])
+        arms[name] = lambda batch, d=ddp, r=run: train_step(r, d, batch)
     small, large = torch.zeros(SMALL), torch.zeros(LARGE)
     arms |= {"small": lambda _: dist.all_reduce(small)}
     arms |= {"large": lambda _: dist.all_reduce(large)}

@@ -17,11 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import (
     Started,
+    assert_same_result,
     checkpoints,
-    checksum,
     command,
     fault,
-    processes,
     wait_until,
 )
 
@@ -59,13 +58,12 @@ def soak(args: argparse.Namespace, folder: Path) -> int:
     dice = random.Random(args.seed)
     flags = ["--epochs", 2, "--save_every", 3, "--world_size", args.world_size]
     workers = fault(data=f"LOADER_WORKERS = {args.loader_workers}")
-    environment = {**workers, "MARK": str(folder), "TMPDIR": str(folder)}
+    environment = {**workers, "TMPDIR": str(folder)}
     began = time.monotonic()
     straight = folder / "straight"
     job = Started(command(*flags, "--checkpoint_dir", straight), folder, **environment)
     assert job.wait(600) == 0, job.output()
     seconds = time.monotonic() - began
-    expected = checksum(straight)
     broken = folder / "broken"
     kills = 0
     runs = 0
@@ -78,16 +76,18 @@ def soak(args: argparse.Namespace, folder: Path) -> int:
         killed = f"{kills + 1}: {victim} after {moment:.2f} s"
         try:
             code = job.wait(TOGETHER)
-            wait_until(lambda: not processes(folder), TOGETHER)
+            ended = lambda job=job: not job.everyone()
+            wait_until(ended, "the end of all processes", timeout=TOGETHER)
         except (AssertionError, subprocess.TimeoutExpired):
-            left = processes(folder)
+            left = job.everyone()
+            job.kill()
             raise AssertionError(f"{killed}: {left} live on, {job.output()}") from None
         output = job.output()
         assert "damaged" not in output, output
         if newest and "\nstart " in output:  # No more is repeated than since then.
             assert f"{newest}\n" in output, output
         if code == 0:
-            assert checksum(broken) == expected, output
+            assert_same_result(broken, straight)
             shutil.rmtree(broken)
             runs += 1
             newest = None
@@ -115,9 +115,6 @@ if __name__ == "__main__":
             verdict = f"survived, {runs} runs completed, each bit-equal to undisturbed"
         except AssertionError as error:
             verdict = f"NOT survived: {error}"
-        finally:
-            for pid in processes(Path(name)):
-                os.kill(pid, signal.SIGKILL)
     minutes = (time.monotonic() - began) / 60
     print(
         f"soak: {args.kills} kills of {args.world_size} ranks with "
