@@ -256,6 +256,14 @@ def test_resnet(resnet_clone):
     # Adam changes each weight by about the learning rate.
     for name in "conv1.weight", "layer4.1.conv2.weight":
         assert 5 < largest_step("fc.weight") / largest_step(name) < 15
+    # The README's script uses what was trained.
+    readme = (ROOT / "README.md").read_text()
+    snippet = re.search("<!-- picture -->\n```python\n(.*?)```", readme, re.DOTALL)[1]
+    (resnet_clone / "snippet.py").write_text(
+        snippet.replace("runs/cats", "checkpoints")
+    )
+    printed = run_forked(resnet_clone, "snippet.py")
+    assert re.fullmatch(r"predicted \w+ true blue\n", printed)
 
 
 @pytest.mark.slow
