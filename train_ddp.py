@@ -546,9 +546,8 @@ def compare_with_saved(run: Run, saved: dict[str, Any]) -> None:
         raise ValueError(f"it has data {saved['data']}, this run has {run.data_name}")
     # Otherwise the optimizer would take the state of one weight for that of another.
     if saved["weight_names"] != weight_names(run):
-        raise ValueError(
-            "the optimizer has other weights, or has them in another order"
-        )
+        problem = "the optimizer has other weights, or has them in another order"
+        raise ValueError(problem)
     for name, value in now.items():
         # A flag that you have added is not in older checkpoints.
         if before.get(name) != value:

@@ -1,6 +1,5 @@
 """Checkpoint files and the lock of their folder: functions only, no runs."""
 
-import contextlib
 import errno
 import io
 import os
@@ -386,21 +385,35 @@ def test_a_disk_without_locks_gets_a_warning(tmp_path, capfd):
     assert (tmp_path / "target").read_text() == "precious"
 
 
-def test_a_folder_in_which_nothing_can_be_saved_is_refused_at_once(tmp_path):
-    """It cannot be made, the lock is another user's, or files cannot be renamed there."""
-    (tmp_path / "file").touch()
-    denied = PermissionError(errno.EACCES, "denied", str(tmp_path / ".lock"))
-    unsupported = OSError(errno.ENOSYS, "not implemented")
-    for folder, target, error in (
-        (tmp_path / "file" / "checkpoints", "os.open", None),
-        (tmp_path, "os.open", denied),
-        (tmp_path, "pathlib.Path.replace", unsupported),
+# What fails, with which error, and what the line names.
+UNSUITABLE = {
+    "a lock of somebody else": (
+        "os.open",
+        PermissionError(errno.EACCES, "denied", "checkpoints/.lock"),
+        "checkpoints/.lock",
+    ),
+    "no renaming": (
+        "pathlib.Path.replace",
+        OSError(errno.ENOSYS, "not implemented"),
+        "not implemented",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNSUITABLE)
+def test_a_folder_in_which_nothing_can_be_saved_is_refused_at_once(tmp_path, case):
+    target, error, named = UNSUITABLE[case]
+    with (
+        patch(target, side_effect=error),
+        pytest.raises(SystemExit, match="cannot write to the checkpoint folder") as e,
     ):
-        with (
-            patch(target, side_effect=error) if error else contextlib.nullcontext(),
-            pytest.raises(
-                SystemExit, match="cannot write to the checkpoint folder"
-            ) as e,
-        ):
-            lock_folder(folder)
-        assert str(folder) in str(e.value) or error is unsupported
+        lock_folder(tmp_path)
+    assert named in str(e.value)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "checkpoints"
+    with pytest.raises(SystemExit, match="cannot write to the checkpoint folder") as e:
+        lock_folder(folder)
+    assert str(folder) in str(e.value)

@@ -64,7 +64,7 @@ def launch(fork):
     return launch_two
 
 
-def everyone(job: Started) -> list[int]:
+def pids_in_order(job: Started) -> list[int]:
     """The pids of a job: the launcher, the ranks in order, and their loader workers."""
     return [job.process.pid, *job.workers()]
 
@@ -121,7 +121,7 @@ def test_every_stop_signal_saves_and_then_ends_the_process(fork, tmp_path, name)
     number = signal.Signals[f"SIG{name}"]
     job = fork(*LONG, **WITH_LOADERS)
     wait_for_progress(job, tmp_path / "checkpoints")
-    for pid in reversed(everyone(job)):
+    for pid in reversed(pids_in_order(job)):
         os.kill(pid, number)
     assert job.wait() == -number, job.output()
     check_saved(job, tmp_path / "checkpoints", 50)
@@ -177,7 +177,7 @@ def test_stopped_by_any_signal_to_anyone_a_training_loses_nothing(
     else:
         job = start(command(*LONG, torchrun=2), **WITH_LOADERS)
     wait_for_progress(job, folder)
-    pids = everyone(job)
+    pids = pids_in_order(job)
     for pid in pids[TARGETS[target]]:
         os.kill(pid, number)
     code = job.wait()
@@ -194,7 +194,7 @@ def test_a_killed_rank_ends_the_run_and_the_rerun_resumes(launch, tmp_path):
     folder = tmp_path / "checkpoints"
     job = launch(*LONG, **WITH_LOADERS)
     wait_for_progress(job, folder)
-    pids = everyone(job)
+    pids = pids_in_order(job)
     os.kill(pids[1], signal.SIGKILL)
     assert job.wait() == 1
     all_end(pids)
@@ -211,7 +211,7 @@ def test_a_rank_stops_when_torchrun_is_killed(fork, tmp_path):
     forks = fault("import os, signal\nif os.fork():\n    signal.pause()")
     job = fork(*LONG, **rank, **forks)
     wait_for_progress(job, tmp_path / "checkpoints")
-    pids = everyone(job)
+    pids = pids_in_order(job)
     os.kill(pids[0], signal.SIGKILL)
     all_end(pids)
     check_saved(job, tmp_path / "checkpoints", 50)
@@ -221,7 +221,7 @@ def test_ctrl_c_ends_a_loop_in_bash(start, tmp_path):
     loop = 'for seed in 0 1; do "$@" --seed $seed --checkpoint_dir c$seed; done'
     job = start([*SH, loop, "-", *command(*LONG, *TWO)], **WITH_LOADERS)
     wait_for_progress(job, tmp_path / "c0")
-    pids = everyone(job)
+    pids = pids_in_order(job)
     os.killpg(job.process.pid, signal.SIGINT)
     assert job.wait() == -signal.SIGINT
     all_end(pids)
@@ -254,8 +254,8 @@ def test_no_rank_leaves_before_the_checkpoint_is_on_the_disk(fork, tmp_path):
 def test_a_second_ctrl_c_ends_even_a_frozen_run_at_once(launch):
     freezes = fault_in_step(1, "os.kill(os.getpid(), signal.SIGSTOP)")["FAULT"]
     job = launch(*LONG, **fault(utils=FAST_CLOCK, **json.loads(freezes)))
-    wait_until(lambda: len(everyone(job)) == 3, "two ranks", job)
-    launcher, _, frozen = pids = everyone(job)
+    wait_until(lambda: len(pids_in_order(job)) == 3, "two ranks", job)
+    launcher, _, frozen = pids = pids_in_order(job)
     wait_for_stop(frozen, job)
     os.kill(launcher, signal.SIGINT)
     # Until the launcher has passed it on: two signals at once could arrive as one.
@@ -283,7 +283,7 @@ def test_a_launcher_that_gets_ctrl_c_twice_at_once_saves(launch, tmp_path):
     job = launch(*LONG)
     wait_for_progress(job, tmp_path / "checkpoints")
     for _ in range(2):
-        for pid in everyone(job):
+        for pid in pids_in_order(job):
             os.kill(pid, signal.SIGINT)
     assert job.wait(TOGETHER) == -signal.SIGINT
     check_saved(job, tmp_path / "checkpoints", 100)
@@ -333,7 +333,7 @@ def test_ctrl_c_to_a_run_whose_output_fails_saves(launch, tmp_path, output):
     folder = tmp_path / "checkpoints"
     job = launch(*LONG, **fault(NOHUP + FAILING_OUTPUTS[output]))
     wait_for_progress(job, folder)
-    for pid in everyone(job):
+    for pid in pids_in_order(job):
         os.kill(pid, signal.SIGHUP)
     for _ in range(2):
         wait_for_progress(job, folder)
@@ -397,7 +397,7 @@ def test_when_a_rank_dies_all_end_soon_and_the_cause_is_reported(
     else:
         job = launch(*LONG, **env)
     wait_until((tmp_path / "fault").exists, "the faulty step", job)
-    pids = everyone(job)
+    pids = pids_in_order(job)
     (tmp_path / "go").touch()
     assert job.wait(TOGETHER) == 1
     all_end(pids)
@@ -418,8 +418,8 @@ def test_a_frozen_rank_ends_the_run_after_the_timeout(launch):
     freezes = fault_in_step(0, "os.kill(os.getpid(), signal.SIGSTOP)")["FAULT"]
     short = fault(utils="TIMEOUT = timedelta(seconds=3)", **json.loads(freezes))
     job = launch(*LONG, **short)
-    wait_until(lambda: len(everyone(job)) == 3, "two ranks", job)
-    pids = everyone(job)
+    wait_until(lambda: len(pids_in_order(job)) == 3, "two ranks", job)
+    pids = pids_in_order(job)
     assert job.wait(TOGETHER) == 1
     all_end(pids)
     assert "[rank1]: " in job.output() and "Timed out" in job.output()
@@ -457,7 +457,7 @@ def test_ctrl_c_before_there_is_something_to_save_leaves_without_a_word(
     job = launch(*LONG, **fault(data=waits))
     locked = (tmp_path / "checkpoints" / ".lock").exists
     wait_until(locked, "the folder is locked", job)
-    pids = everyone(job)
+    pids = pids_in_order(job)
     for pid in reversed(pids):  # as a terminal may do it
         os.kill(pid, signal.SIGINT)
     assert job.wait(TOGETHER) == -signal.SIGINT
