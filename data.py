@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +17,7 @@ import utils
 # The name of a class in torchvision.datasets, and of a folder: MNIST, FashionMNIST or KMNIST.
 # (The mean and the deviation of its pixels are in model.py.)
 DATASET = "MNIST"
-FILES = [
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-]
 SAMPLE_DIR = Path(__file__).resolve().parent / "tests" / "mnist_sample"
-# torchvision raises RuntimeError if no mirror works, or if a proxy answers with its own page.
-NETWORK_ERRORS = RuntimeError, URLError, TimeoutError, ConnectionError, HTTPException
 # The number of pixels by which training moves an image, in each direction.
 MAX_SHIFT = 1
 # The number of processes per rank that load data. With 0, the rank loads them itself, which is
@@ -65,16 +56,17 @@ def load_data(
     # utils.launch, does not need it.
     from torchvision import datasets  # type: ignore[import-untyped]
 
+    dataset = getattr(datasets, DATASET)
     if download and not has_all_files(data_dir):
-        download_files(data_dir)
+        download_files(dataset, data_dir)
     root = data_dir if has_all_files(data_dir) else SAMPLE_DIR
     try:
-        train_files = getattr(datasets, DATASET)(root, train=True)
-        test_files = getattr(datasets, DATASET)(root, train=False)
+        train_files = dataset(root, train=True)
+        test_files = dataset(root, train=False)
     except Exception as error:  # noqa: BLE001 (damaged files can raise anything)
-        raw = root / DATASET / "raw"
-        fix = "delete what is damaged there, and rerun with a network"
-        raise SystemExit(f"the data in {raw} cannot be read ({error!r}): {fix}")
+        folder = root / DATASET
+        fix = "delete the folder, and rerun with a network"
+        raise SystemExit(f"the data in {folder} cannot be read ({error!r}): {fix}")
     train_set = Digits(train_files.data, train_files.targets, seed)
     test_set = Digits(test_files.data, test_files.targets, seed)
     return DATASET, train_set, test_set
@@ -83,37 +75,25 @@ def load_data(
 def has_all_files(data_dir: Path) -> bool:
     """Return whether all four files are where torchvision looks for them."""
     raw = data_dir / DATASET / "raw"
-    return all((raw / name).is_file() for name in FILES)
+    return len(list(raw.glob("*-ubyte"))) == 4
 
 
-def download_files(data_dir: Path) -> None:
-    """Have torchvision download the files; without a network, warn that the sample is used.
-
-    Raises SystemExit if the folder cannot be written to.
-    """
-    from torchvision import datasets
-
-    timeout_before = socket.getdefaulttimeout()
+def download_files(dataset: Any, data_dir: Path) -> None:
+    """Have torchvision download the files; if it cannot, warn that the sample is used."""
     # Otherwise a firewall that drops packets would cost minutes.
     socket.setdefaulttimeout(10)
     try:
-        getattr(datasets, DATASET)(data_dir, download=True)
-    except NETWORK_ERRORS as error:
+        dataset(data_dir, download=True)
+    # torchvision raises RuntimeError if no mirror works, or if a proxy answers with its own page.
+    except (RuntimeError, OSError, HTTPException) as error:
         reason = str(error).partition("\n")[0]
-        problem = f"{DATASET} could not be downloaded ({reason})"
-        places = f"{', '.join(FILES)} in {data_dir / DATASET / 'raw'}"
-        if not has_all_files(SAMPLE_DIR):
-            raise SystemExit(f"{problem}: rerun with a network, or put {places}")
         utils.warn(
-            f"{problem}.\n"
-            "This uses THE BUNDLED SAMPLE of 10,000 digits of MNIST, which is less accurate. "
-            f"For all,\nrerun with a network, or put {places}"
+            f"{DATASET} could not be downloaded ({reason}).\n"
+            "This uses THE BUNDLED SAMPLE of 10,000 digits of MNIST, which is less accurate.\n"
+            f"For all, rerun with a network, or put its four files into {data_dir / DATASET / 'raw'}"
         )
-    except OSError as error:  # All others that are about a file.
-        fix = "make it usable, or choose another --data_dir"
-        raise SystemExit(f"cannot use the data folder {data_dir} ({error}): {fix}")
     finally:
-        socket.setdefaulttimeout(timeout_before)
+        socket.setdefaulttimeout(None)
 
 
 class Digits(Dataset):
@@ -172,18 +152,9 @@ class ResumableSampler(DistributedSampler):
     seed, epoch, rank and num_replicas (the world size) are used here.
     """
 
-    def __init__(
-        self,
-        dataset: SizedDataset,
-        world_size: int | None = None,
-        rank: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        """Take world size and rank from the process group, unless they are given."""
-        super().__init__(dataset, num_replicas=world_size, rank=rank, seed=seed)
-        self.size = len(dataset)
-        # The number of items of the epoch that all ranks together have finished.
-        self.start = 0
+    dataset: SizedDataset
+    # The number of items of the epoch that all ranks together have finished.
+    start = 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch, and the item to start from; call it before each epoch."""
@@ -191,12 +162,12 @@ class ResumableSampler(DistributedSampler):
         self.start = start
 
     def __len__(self) -> int:
-        return (self.size - self.start) // self.num_replicas
+        return (len(self.dataset) - self.start) // self.num_replicas
 
     def __iter__(self) -> Iterator[int]:
         # All ranks draw the same order; it is also DistributedSampler's own.
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(self.size, generator=generator)
+        order = torch.randperm(len(self.dataset), generator=generator)
         own_items = order[self.start + self.rank :: self.num_replicas]
         return iter(own_items[: len(self)].tolist())
 

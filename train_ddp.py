@@ -38,11 +38,11 @@ import os
 import signal
 import sys
 import time
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -70,42 +70,31 @@ LOG_SECONDS = 5
 
 @dataclass
 class Progress:
-    """How far the training is. A checkpoint stores all of it.
+    """How far the training is. A checkpoint stores all of it."""
 
-    epoch: the number of epochs that have been trained.
-    images_done: the images of the current epoch that all ranks together have trained on. In
-        contrast to a number of batches, it is valid for any world size.
-    step: the number of optimizer steps since the start.
-    seconds: how long the current epoch has been trained.
-    loss_sum, loss_count: the sum and the number of its images' losses, as far as added up.
-    history: a record for each epoch that has been trained.
-    """
-
-    epoch: int = 0
+    epoch: int = 0  # How many epochs have been trained.
+    # How many images of the current epoch all ranks together have trained on. In contrast to a
+    # number of batches, it is valid for any world size.
     images_done: int = 0
-    step: int = 0
-    seconds: float = 0.0
+    step: int = 0  # How many optimizer steps have been taken since the start.
+    seconds: float = 0.0  # How long the current epoch has been trained.
+    # The sum and the number of the current epoch's losses, as far as added up.
     loss_sum: float = 0.0
     loss_count: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)  # A record per epoch.
 
 
 @dataclass
 class Run:
-    """One training: what it was started with, and what changes.
-
-    data_name: the data set and its sizes. A checkpoint is only resumed with the same.
-    model: the model itself, not wrapped in DDP.
-    """
+    """One training: what it was started with, and what changes."""
 
     args: Namespace
     device: torch.device
-    data_name: str
+    data_name: str  # With the sizes. A checkpoint is only resumed with the same data.
     train_size: int
-    model: nn.Module
+    model: nn.Module  # The model itself, not wrapped in DDP.
     optimizer: Optimizer
     progress: Progress = field(default_factory=Progress)
-    buckets_are_settled: bool = False  # See `settle_buckets`.
     next_line: float = 0.0  # See `print_at_times`.
 
 
@@ -135,37 +124,37 @@ def train(args: Namespace) -> int | None:
 
     # Step 3: wrap the model. `ddp` has no copy of it: they share their weights. The backward
     # pass of what ddp(...) returns also averages the gradients over the ranks.
-    # (DDP sends gradients in large tensors, buckets. Here each gradient is a part of its bucket.)
+    # (gradient_as_bucket_view saves a copy of the gradients.)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     # Step 4: deal the images out. Each rank loads its own share of them.
     sampler = ResumableSampler(train_set, seed=args.seed)
     loader = make_loader(train_set, args.batch_size, sampler)
 
-    # A signal is a number that the system sends to a process, SIGINT for Ctrl-C, for example. It
-    # would end the process. Here `stop` only notes it, until all ranks can save together.
-    with utils.catch_stop_signals() as stop:
-        # An earlier process may have been stopped before it had evaluated its last epoch.
+    # Ctrl-C sends this process a signal, SIGINT, which would end it. From here on, `stop` only
+    # notes such signals, until all ranks can save together.
+    stop = utils.catch_stop_signals()
+    # An earlier process may have been stopped before it had evaluated its last epoch.
+    evaluate_last_epoch(run, test_set)
+    while not is_finished(run):
+        # Step 5: without set_epoch, each epoch would repeat the order of the first.
+        sampler.set_epoch(run.progress.epoch, start=run.progress.images_done)
+        if hasattr(train_set, "set_epoch"):
+            # Random changes of the images, too, are drawn anew for each epoch.
+            train_set.set_epoch(run.progress.epoch)
+        # Step 6: train to the end of the epoch, or until a rank is asked to stop.
+        train_epoch(run, ddp, loader, stop)
+        # Step 7: rank 0 saves, before the evaluation, which may fail or take long.
+        path = save(run)
+        # Whether `train_epoch` has ended early, or a signal has come since then.
+        if any_rank(stop.is_requested):
+            print0(f"stopped; {path} has all progress: rerun to resume")
+            # If only another rank got a signal, this one ends as if it had got one.
+            return stop.number or signal.SIGTERM
         evaluate_last_epoch(run, test_set)
-        while not is_finished(run):
-            # Step 5: without set_epoch, each epoch would repeat the order of the first.
-            sampler.set_epoch(run.progress.epoch, start=run.progress.images_done)
-            if hasattr(train_set, "set_epoch"):
-                # Random changes of the images, too, are drawn anew for each epoch.
-                train_set.set_epoch(run.progress.epoch)
-            # Step 6: train to the end of the epoch, or until a rank is asked to stop.
-            train_epoch(run, ddp, loader, stop)
-            # Step 7: rank 0 saves, before the evaluation, which may fail or take long.
-            path = save(run)
-            # Whether `train_epoch` has ended early, or a signal has come since then.
-            if any_rank(stop.is_requested):
-                print0(f"stopped; {path} has all progress: rerun to resume")
-                # If only another rank got a signal, this one ends as if it had got one.
-                stop.number = stop.number or signal.SIGTERM
-                break
-            evaluate_last_epoch(run, test_set)
-    dist.destroy_process_group()
-    return stop.number
+    accuracy = run.progress.history[-1]["test_accuracy"]
+    print0(f"finished   {run.progress.epoch} epochs, test accuracy {accuracy:.2%}")
+    return None
 
 
 # ---------------------------------------------------------------- what you may want to replace
@@ -222,7 +211,7 @@ def train_epoch(
     # After a resume, the seconds of an earlier process count, too.
     started = time.monotonic() - progress.seconds
     for number, batch in enumerate(loader, start=1):
-        if not run.buckets_are_settled:
+        if number == 1:
             # Only so that a resumed training equals, to the last bit, one that never stopped.
             settle_buckets(run, ddp, batch)
         global_batch = min(args.batch_size * args.world_size, images_left(run))
@@ -330,9 +319,6 @@ def evaluate_last_epoch(run: Run, test_set: SizedDataset) -> None:
     report_epoch(run, path)
 
 
-# ---------------------------------------------------------------- how far the training is
-
-
 def is_finished(run: Run) -> bool:
     """Return whether nothing is left to train; the same on all ranks."""
     return run.progress.epoch >= run.args.epochs
@@ -416,8 +402,6 @@ def load_on_every_rank(args: Namespace) -> tuple[str, SizedDataset, SizedDataset
     if len(names) > 1:
         problem = f"the ranks have different data: {'; '.join(names)}"
         utils.exit_together(f"{problem}: put the same into each --data_dir")
-    if len(train_set) < args.world_size:
-        utils.exit_together(f"fewer training items than ranks: {name}")
     return name, train_set, test_set
 
 
@@ -434,10 +418,10 @@ def default_learning_rate(args: Namespace, train_size: int) -> float:
 def settle_buckets(run: Run, ddp: DistributedDataParallel, batch: Any) -> None:
     """Compute gradients and throw them away, so that DDP learns in which order they come.
 
-    After the first backward pass of a process, DDP sorts the gradients into other buckets, by
-    which the order of its sums depends. With three ranks or more, another order is rounded
-    differently: (a + b) + c may differ from a + (b + c). With this, neither a new nor a resumed
-    training takes a step with the first buckets.
+    DDP sends gradients in large tensors, its buckets. After the first backward pass it sorts
+    them anew, so a resumed training would take one step more with the first buckets than one
+    that was never stopped. With other buckets, the ranks' numbers are added up in another
+    order: the last bit of (a + b) + c may differ from that of a + (b + c).
     """
     buffers = [buffer.clone() for buffer in run.model.buffers()]
     # The model may change its input in place, and the batch is needed once more.
@@ -447,7 +431,6 @@ def settle_buckets(run: Run, ddp: DistributedDataParallel, batch: Any) -> None:
     with torch.no_grad():
         for buffer, before in zip(run.model.buffers(), buffers):
             buffer.copy_(before)
-    run.buckets_are_settled = True
 
 
 # ---------------------------------------------------------------- saving and resuming
@@ -569,9 +552,6 @@ def report_start(run: Run, resumed_from: Path | None) -> None:
         print0(f"start      from scratch, nothing in {args.checkpoint_dir}")
     else:
         print0(f"start      {resumed_from}")
-    if is_finished(run) and "test_accuracy" in run.progress.history[-1]:
-        accuracy = run.progress.history[-1]["test_accuracy"]
-        print0(f"finished   nothing left to train; test accuracy {accuracy:.2%}")
 
 
 def print_at_times(run: Run, text: str) -> None:
@@ -586,19 +566,18 @@ def report_step(run: Run) -> None:
     """Report steps, train loss, speed and the time left; at times, not after each step."""
     progress = run.progress
     global_batch = run.args.batch_size * run.args.world_size
-    images_per_epoch = run.train_size - run.train_size % run.args.world_size
-    later_epochs = run.args.epochs - progress.epoch - 1
-    images_to_go = images_left(run) + later_epochs * images_per_epoch
-    # The steps that are done, those left in this epoch, and those of later epochs.
-    steps = progress.step + math.ceil(images_left(run) / global_batch)
-    steps += later_epochs * math.ceil(images_per_epoch / global_batch)
+    steps_per_epoch = math.ceil(
+        run.train_size // run.args.world_size / run.args.batch_size
+    )
+    steps_left = math.ceil(images_left(run) / global_batch)
+    steps_left += (run.args.epochs - progress.epoch - 1) * steps_per_epoch
     # Up to the last sum of all ranks.
     loss = progress.loss_sum / progress.loss_count
     images_per_second = progress.images_done / progress.seconds
-    time_left = timedelta(seconds=round(images_to_go / images_per_second))
+    time_left = timedelta(seconds=round(steps_left * global_batch / images_per_second))
     speed = f"{images_per_second:,.0f} images/s  {time_left} left"
-    line = f"step {progress.step}/{steps}  train loss {loss:.4f}  {speed}"
-    print_at_times(run, line)
+    steps = f"step {progress.step}/{progress.step + steps_left}"
+    print_at_times(run, f"{steps}  train loss {loss:.4f}  {speed}")
 
 
 def report_epoch(run: Run, path: Path) -> None:
@@ -615,21 +594,15 @@ def report_epoch(run: Run, path: Path) -> None:
 # ---------------------------------------------------------------- the command line
 
 
-class Parser(ArgumentParser):
-    """A parser that reports a wrong flag in one line, from one rank of each machine."""
-
-    def error(self, message: str) -> NoReturn:
-        if utils.local_rank() == 0:
-            utils.print_line(f"error: {message} (--help lists the flags)", sys.stderr)
-        sys.exit(2)
-
-
 def parse_args() -> Namespace:
     """Read the flags. Wrong ones end the process, before it waits for others or writes a file."""
     # The default: what the launcher has started, or one rank for each GPU.
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     world_size = int(os.environ.get("WORLD_SIZE", max(gpus, 1)))
-    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    # Without a usage text, a wrong flag gets one line, not eight.
+    parser = ArgumentParser(
+        usage=SUPPRESS, description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
     parser.add_argument("--epochs", type=int, default=3, help="in all (3)")
     parser.add_argument("--batch_size", type=int, default=64, help="per rank (64)")
     parser.add_argument("--world_size", type=int, default=world_size, help="ranks")
@@ -644,9 +617,6 @@ def parse_args() -> Namespace:
         value = getattr(args, name)
         if value is not None and not 0 < value < 100_000:
             parser.error(f"--{name} must be above 0 and below 100000, not {value}")
-    # seed + epoch must be below 2**63.
-    if not 0 <= args.seed < 2**62:
-        parser.error(f"--seed must be from 0 to 2**62 - 1, not {args.seed}")
     if utils.has_launcher() and args.world_size != world_size:
         parser.error(f"--world_size {args.world_size}, but WORLD_SIZE is {world_size}")
     return args
@@ -666,7 +636,6 @@ def run_rank(args: Namespace) -> None:
         sys.excepthook(type(error), error, error.__traceback__)
         os._exit(1)
     finally:
-        # After SystemExit, for example, `train` has not reached its last lines.
         if dist.is_initialized():
             dist.destroy_process_group()
     if number is not None:

@@ -7,12 +7,11 @@ import io
 import os
 import pickle
 import signal
-import socket
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -147,8 +146,7 @@ def prepare_process() -> None:
     """Set up signals, threads and network of a rank."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_launcher()
-    handler = signal.getsignal(signal.SIGINT)
-    if has_launcher() and handler == signal.default_int_handler:
+    if has_launcher():
         # Until there is something to save, Ctrl-C ends this process at once. Python's own
         # handler would have to wait while C++ code waits for other ranks.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -159,8 +157,7 @@ def prepare_process() -> None:
     if is_single_machine():
         # Only this machine may connect. gloo would listen at the address of the host name,
         # where others could reach it; without such an address it would warn.
-        names = [name for _, name in socket.if_nameindex()]
-        loopback = next(name for name in names if name.startswith("lo"))
+        loopback = "lo" if sys.platform == "linux" else "lo0"
         os.environ["GLOO_SOCKET_IFNAME"] = loopback
         os.environ["NCCL_SOCKET_IFNAME"] = loopback
 
@@ -268,10 +265,6 @@ def lock_folder(folder: Path) -> None:
             raise SystemExit(f"{problem}: choose another --checkpoint_dir")
         except OSError:
             warn(f"{folder} is on a disk without locks: start no second run in it")
-        # A disk that cannot rename files, say, is noticed now, not after an epoch.
-        probe = folder / ".probe"
-        write_atomically(probe, b"")
-        probe.unlink()
     except OSError as error:
         fix = "delete a .lock of another user, or choose another --checkpoint_dir"
         raise SystemExit(f"cannot write to the checkpoint folder ({error}): {fix}")
@@ -390,20 +383,14 @@ class StopRequest:
             raise KeyboardInterrupt
 
 
-@contextlib.contextmanager
-def catch_stop_signals() -> Iterator[StopRequest]:
-    """Within the block, have stop signals noted instead of ending this process."""
+def catch_stop_signals() -> StopRequest:
+    """From now on, have stop signals noted instead of ending this process."""
     stop = StopRequest()
-    previous = {}
     for number in STOP_SIGNALS:
         # nohup, and & in a script, start programs with some signals ignored. Those stay so.
         if signal.getsignal(number) != signal.SIG_IGN:
-            previous[number] = signal.signal(number, stop.receive)
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, stop.receive)
+    return stop
 
 
 def ignore_stop_signals(worker_id: int) -> None:
@@ -423,9 +410,8 @@ def die_of(number: int) -> NoReturn:
     """
     # A notebook, or an interactive interpreter, has sys.ps1. It must not be ended itself.
     if not hasattr(sys, "ps1"):
-        # With `>&-` in a shell, there is no stdout.
-        with contextlib.suppress(OSError, AttributeError):
-            sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            print(end="", flush=True)
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
     sys.exit(128 + number)
@@ -440,11 +426,9 @@ def launch(run_rank: Callable[[Any], None], args: Any, world_size: int) -> None:
     Exits with 1 if one of them fails. If this process was asked to stop, it passes that on,
     and dies of the same signal.
     """
+    stop = catch_stop_signals()
     # The ranks meet in a file. A port could be taken, or be reached by others.
-    with (
-        tempfile.TemporaryDirectory(prefix="train_ddp-") as folder,
-        catch_stop_signals() as stop,
-    ):
+    with tempfile.TemporaryDirectory(prefix="train_ddp-") as folder:
         arguments = (run_rank, args, world_size, f"file://{folder}/store")
         # The terminal sends Ctrl-C to the ranks, too. They inherit that it is blocked, and leave
         # it to this process, which asks them to stop by SIGTERM.

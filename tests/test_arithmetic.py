@@ -397,7 +397,7 @@ def test_the_line_of_a_step_is_that_of_a_plain_count(world_size, capsys):
         with patch("torch.distributed.get_rank", lambda: 0):
             train_ddp.report_step(run)
             train_ddp.report_step(run)  # It is too early for another line.
-        seconds = round((usable - images + (epochs - epoch - 1) * usable) / 200)
+        seconds = round((total - step) * batch_size * world_size / 200)
         expected = f"step {step}/{total}  train loss 0.7500  200 images/s  "
         assert capsys.readouterr().out == f"{expected}0:00:{seconds:02} left\n"
 
