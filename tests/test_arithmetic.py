@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import signal
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,14 +21,11 @@ from conftest import (
     in_ranks,
     newest,
 )
-from PIL import Image
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DistributedSampler, default_collate
-from torchvision import transforms
-from torchvision.datasets import MNIST, ImageFolder
+from torchvision.datasets import MNIST
 
-import data
 import train_ddp
 import utils
 from data import MAX_SHIFT, Digits, ResumableSampler, make_loader
@@ -417,74 +413,3 @@ def test_the_threads_of_gloo_are_scheduled_as_batch_jobs():
     for policies in in_ranks(2, scheduling_policies):
         assert len(policies) > 1
         assert {*policies} == {os.SCHED_BATCH}
-
-
-# A data set of one's own
-
-
-class Pictures(ImageFolder):
-    """Random transforms that belong to (seed, epoch, picture)."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        with torch.random.fork_rng(devices=[]):
-            seed = (SEED + self.epoch) * len(self) + index
-            torch.default_generator.manual_seed(seed)
-            return super().__getitem__(index)
-
-
-def load_pictures(data_dir: Path, *_) -> tuple[str, Pictures, ImageFolder]:
-    crop = transforms.RandomCrop(8, padding=2)
-    train_set = Pictures(data_dir, transforms.Compose([crop, transforms.ToTensor()]))
-    return "pictures", train_set, ImageFolder(data_dir, transforms.ToTensor())
-
-
-def train_and_resume_on(pictures: Path, folder: Path) -> list[Tensor]:
-    """Train as one rank with loader workers; return the pictures as the network got them."""
-    data.LOADER_WORKERS = 2
-    train_ddp.load_data = load_pictures
-    train_ddp.build_model = lambda _: nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 2))
-    train_step = train_ddp.train_step
-    seen = []
-
-    def on_step(run, ddp, batch) -> Tensor:
-        seen.extend(batch[0])
-        if len(seen) == 4 * 2:
-            signal.raise_signal(signal.SIGTERM)
-        return train_step(run, ddp, batch)
-
-    flags = {"batch_size": 4, "save_every": 2, "data_dir": pictures}
-    assert train_as_rank(folder, on_step, **flags) == signal.SIGTERM
-    assert len(seen) == 4 * 2
-    assert train_as_rank(folder, on_step, **flags) is None
-    return seen
-
-
-def test_pictures_of_ones_own_with_random_transforms_and_loader_workers(tmp_path):
-    """Three ranks, stopped in mid-epoch and resumed: each picture comes once, as it comes to a
-    plain loop. Only `load_data` and the model are replaced."""
-    for i in range(62):
-        folder = tmp_path / "pictures" / ("cats" if i < 20 else "dogs")
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), (255 - i, 0, 0)).save(folder / f"{i:02}.png")
-    folder = tmp_path / "pictures"
-    ranks = in_ranks(3, train_and_resume_on, folder, tmp_path / "checkpoints")
-    _, train_set, _ = load_pictures(folder)
-    for epoch in range(EPOCHS):
-        train_set.set_epoch(epoch)
-        generator = torch.Generator().manual_seed(SEED + epoch)
-        order = torch.randperm(62, generator=generator)[:60].tolist()
-        expected = [train_set[i][0] for i in order]
-        assert len({image.gt(0).numpy().tobytes() for image in expected}) > 9
-        for rank, seen in enumerate(ranks):
-            assert equal(seen[20 * epoch :][:20], expected[rank::3])
-
-    state = newest(tmp_path / "checkpoints")
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 2))
-    model.load_state_dict(state["model"])
-    test_set = load_pictures(folder)[2]
-    right = [model(image[None]).argmax().item() == label for image, label in test_set]
-    accuracy = state["progress"]["history"][-1]["test_accuracy"]
-    assert accuracy == sum(right) / 62

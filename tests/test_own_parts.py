@@ -61,6 +61,7 @@ class Own(NamedTuple):
     compute_loss: Callable = original_loss
     build_optimizer: Callable = train_ddp.build_optimizer
     test_size: int = 5
+    loader_workers: int = 0
 
     def test_set(self) -> Subset:
         return Subset(self.items, range(self.test_size))
@@ -72,6 +73,7 @@ def bring(own: Own) -> None:
     train_ddp.build_model = lambda _: own.build_model()
     train_ddp.compute_loss = own.compute_loss
     train_ddp.build_optimizer = own.build_optimizer
+    data.LOADER_WORKERS = own.loader_workers
 
 
 def train_as_rank(folder: Path, train: Callable = train_ddp.train, **flags: Any) -> Any:
@@ -92,9 +94,11 @@ def call_before(name: str, action: Callable) -> None:
     setattr(train_ddp, name, changed)
 
 
-def steps() -> Iterator[tuple[list[int], float]]:
+def steps(items: Any = None) -> Iterator[tuple[list[int], float]]:
     """Yield, for each step, the items of all ranks, and the factor of the learning rates."""
     for epoch in range(FLAGS["epochs"]):
+        if hasattr(items, "set_epoch"):
+            items.set_epoch(epoch)
         generator = torch.Generator().manual_seed(FLAGS["seed"] + epoch)
         seen = epoch * TOTAL
         for chosen in torch.randperm(TOTAL, generator=generator)[:30].split(12):
@@ -111,7 +115,7 @@ def train_plainly(own: Own) -> nn.Module:
     model = own.build_model()
     optimizer = own.build_optimizer(model, FLAGS["lr"])
     peaks = [group["lr"] for group in optimizer.param_groups]
-    for chosen, factor in steps():
+    for chosen, factor in steps(own.items):
         for group, peak in zip(optimizer.param_groups, peaks):
             group["lr"] = peak * factor
         batch = default_collate([own.items[i] for i in chosen])
@@ -188,6 +192,23 @@ def in_two_groups(model: nn.Module, peak: float) -> AdamW:
     return AdamW([slow, {"params": model[2].parameters(), "weight_decay": 0}], lr=peak)
 
 
+class NoisyVectors:
+    """Items with a noise that belongs to (epoch, item), as a random transform should."""
+
+    epoch: int  # There is none before `set_epoch`.
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return TOTAL
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        vector, label = VECTORS[index]
+        generator = torch.Generator().manual_seed(self.epoch * TOTAL + index)
+        return vector + torch.randn(6, generator=generator), label
+
+
 class DigitFile:
     """Digits in a file that is opened at the first item."""
 
@@ -228,7 +249,8 @@ OWN = {
     "momentum": Own(small_net, build_optimizer=with_momentum),
     "groups of parameters": Own(small_net, build_optimizer=in_two_groups),
     "fewer test items than ranks": Own(small_net, test_size=2),
-    "a file": Own(lambda: nn.Linear(784, 2), DigitFile()),
+    "random transforms": Own(small_net, NoisyVectors(), loader_workers=2),
+    "a file": Own(lambda: nn.Linear(784, 2), DigitFile(), loader_workers=2),
 }
 
 
@@ -291,7 +313,6 @@ def test_each_group_of_parameters_has_its_own_peak_times_one_factor(tmp_path):
 
 def train_from_a_file(folder: Path) -> bool:
     bring(OWN["a file"])
-    data.LOADER_WORKERS = 2
     train_as_rank(folder)
     return OWN["a file"].items.file is None
 
