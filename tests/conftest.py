@@ -13,7 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
+from unittest import mock
 
 # Before torch is imported: the tests are about processes on a CPU, with one thread each.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -40,6 +42,7 @@ def pytest_collection_modifyitems(items) -> None:
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_ddp.py"
 SAMPLE = ROOT / "tests" / "mnist_sample"
+CPU = torch.device("cpu")
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 
 
@@ -364,6 +367,16 @@ torch.set_num_threads(1)  # as the program does: more would spin and starve each
 torch.multiprocessing.get_context("forkserver").set_forkserver_preload(
     ["torch.distributed", "torch.nn.parallel", "torchvision.datasets"]
 )
+
+
+def train_as_rank(folder: Path, device=CPU, function="train", **flags):
+    """Call `train` in a rank that has joined the others already; return what it returns."""
+    import train_ddp
+
+    args = {"epochs": 2, "save_every": None, "keep": 99, "data_dir": Path()}
+    args |= {"world_size": torch.distributed.get_world_size(), **flags}
+    with mock.patch("utils.init_distributed", lambda: device):
+        return getattr(train_ddp, function)(Namespace(checkpoint_dir=folder, **args))
 
 
 def in_ranks(world_size: int, function, *args) -> list:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
 
@@ -20,6 +20,7 @@ from conftest import (
     equal,
     in_ranks,
     newest,
+    train_as_rank,
 )
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -115,21 +116,6 @@ SEED = 3
 PEAK = 0.015
 
 
-def train_as_rank(folder: Path, on_step: Callable = train_ddp.train_step, **flags):
-    """Call `train` in a rank that has joined the others already; return what it returns."""
-    world_size = dist.get_world_size()
-    defaults = {"batch_size": BATCH[world_size], "lr": PEAK, "data_dir": Path()}
-    defaults |= {"epochs": EPOCHS, "seed": SEED, "save_every": None, "keep": 99}
-    defaults |= {"world_size": world_size}
-    args = Namespace(checkpoint_dir=folder, **defaults | flags)
-    with (
-        patch("utils.init_distributed", lambda: torch.device("cpu")),
-        patch("train_ddp.train_step", on_step),
-        patch("torch.distributed.destroy_process_group"),
-    ):
-        return train_ddp.train(args)
-
-
 def small_set(data_dir=None, seed=SEED, download=False) -> tuple[str, Digits, Digits]:
     files = MNIST(SAMPLE)
     images, labels = files.data, files.targets
@@ -171,12 +157,14 @@ def train_and_resume(folder: Path) -> list[tuple]:
         return loss
 
     register_optimizer_step_pre_hook(before_update)
-    train_as_rank(folder / "straight", on_step, save_every=4)
+    flags = {"batch_size": BATCH[dist.get_world_size()], "lr": PEAK, "seed": SEED}
+    with patch("train_ddp.train_step", on_step):
+        train_as_rank(folder / "straight", save_every=4, **flags)
     for path in checkpoints(folder / "straight")[:-1]:
         if dist.get_rank() == 0:
             (folder / path.stem).mkdir()
             shutil.copy(path, folder / path.stem)
-        train_as_rank(folder / path.stem)
+        train_as_rank(folder / path.stem, **flags)
     return steps
 
 

@@ -3,7 +3,6 @@
 import os
 import shutil
 import sys
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, patch
@@ -11,7 +10,7 @@ from unittest.mock import Mock, patch
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import assert_same_result, in_ranks
+from conftest import CPU, assert_same_result, in_ranks, train_as_rank
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -19,7 +18,6 @@ import data
 import train_ddp
 import utils
 
-CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
 
 # ---------------------------------------------------------------- decisions
@@ -209,15 +207,6 @@ def load_noise(*_: Any) -> tuple[str, data.Digits, data.Digits]:
     return "noise", train_set, data.Digits(images[40:], labels[40:], seed=0)
 
 
-def train_on(device: torch.device, folder: Path) -> None:
-    """Call `train` in a rank that has joined the others already."""
-    flags = {"batch_size": 8, "world_size": 1, "lr": 0.01, "seed": 0, "epochs": 2}
-    flags |= {"save_every": 3, "keep": 99, "data_dir": Path()}
-    joins = patch("utils.init_distributed", lambda: device)
-    with joins, patch("torch.distributed.destroy_process_group"):
-        train_ddp.train(Namespace(checkpoint_dir=folder, **flags))
-
-
 def train_on_both(folder: Path) -> tuple[set, list[int]]:
     """Train on the CPU; on the stand-in; and on that again, from the middle.
 
@@ -225,7 +214,8 @@ def train_on_both(folder: Path) -> tuple[set, list[int]]:
     often the CPU has read something from the GPU.
     """
     train_ddp.load_data = load_noise
-    train_on(CPU, folder / "cpu")
+    flags = {"batch_size": 8, "lr": 0.01, "seed": 0, "save_every": 3}
+    train_as_rank(folder / "cpu", **flags)
     sent = set()
     reads = []
     all_reduce = dist.all_reduce
@@ -244,11 +234,11 @@ def train_on_both(folder: Path) -> tuple[set, list[int]]:
     dist.all_reduce = noting_all_reduce
     train_ddp.train_step = noting_train_step
     with StandIn() as gpu:
-        train_on(GPU, folder / "gpu")
+        train_as_rank(folder / "gpu", GPU, **flags)
         (folder / "resumed").mkdir()
         middle = folder / "gpu" / "epoch00000-image000000024.pt"
         shutil.copy(middle, folder / "resumed")
-        train_on(GPU, folder / "resumed")
+        train_as_rank(folder / "resumed", GPU, **flags)
     return sent, reads
 
 

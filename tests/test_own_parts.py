@@ -4,7 +4,6 @@ import datetime
 import json
 import shutil
 import signal
-from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import (
+    CPU,
     SAMPLE,
     assert_same_result,
     checkpoints,
@@ -24,6 +24,7 @@ from conftest import (
     fault_in_step,
     in_ranks,
     newest,
+    train_as_rank,
 )
 from torch import Tensor, nn
 from torch.multiprocessing import ProcessExitedException
@@ -36,9 +37,8 @@ import train_ddp
 # Of 31 items, three ranks with a batch of four take 12, 12 and 6: three steps are an epoch.
 TOTAL = 31
 RANKS = 3
-FLAGS = {"batch_size": 4, "world_size": RANKS, "lr": 0.02, "seed": 1, "epochs": 2}
-FLAGS |= {"save_every": None, "keep": 99, "data_dir": Path()}
-CPU = torch.device("cpu")
+FLAGS = {"batch_size": 4, "lr": 0.02, "seed": 1}
+EPOCHS = 2
 # In a rank, it may have been replaced.
 original_loss = train_ddp.compute_loss
 
@@ -76,11 +76,8 @@ def bring(own: Own) -> None:
     data.LOADER_WORKERS = own.loader_workers
 
 
-def train_as_rank(folder: Path, train: Callable = train_ddp.train, **flags: Any) -> Any:
-    """Call `train` in a rank that has joined the others already; return what it returns."""
-    joins = patch("utils.init_distributed", lambda: CPU)
-    with joins, patch("torch.distributed.destroy_process_group"):
-        return train(Namespace(checkpoint_dir=folder, **FLAGS | flags))
+def train_own(folder: Path, **flags: Any) -> int | None:
+    return train_as_rank(folder, **FLAGS, **flags)
 
 
 def call_before(name: str, action: Callable) -> None:
@@ -96,13 +93,13 @@ def call_before(name: str, action: Callable) -> None:
 
 def steps(items: Any = None) -> Iterator[tuple[list[int], float]]:
     """Yield, for each step, the items of all ranks, and the factor of the learning rates."""
-    for epoch in range(FLAGS["epochs"]):
+    for epoch in range(EPOCHS):
         if hasattr(items, "set_epoch"):
             items.set_epoch(epoch)
         generator = torch.Generator().manual_seed(FLAGS["seed"] + epoch)
         seen = epoch * TOTAL
         for chosen in torch.randperm(TOTAL, generator=generator)[:30].split(12):
-            done = (seen + len(chosen) / 2) / (FLAGS["epochs"] * TOTAL)
+            done = (seen + len(chosen) / 2) / (EPOCHS * TOTAL)
             seen += len(chosen)
             rising = done / train_ddp.WARM_UP
             falling = (1 - done) / (1 - train_ddp.WARM_UP)
@@ -263,13 +260,13 @@ def train_and_resume(name: str, folder: Path) -> list[list[float]]:
         rates.append([group["lr"] for group in run.optimizer.param_groups])
 
     call_before("train_step", note_rates)
-    train_as_rank(folder / "straight", save_every=2)
+    train_own(folder / "straight", save_every=2)
     if dist.get_rank() == 0:
         (folder / "resumed").mkdir()
         middle = folder / "straight" / "epoch00001-image000000012.pt"
         shutil.copy(middle, folder / "resumed")
     dist.barrier()
-    train_as_rank(folder / "resumed")
+    train_own(folder / "resumed")
     return rates
 
 
@@ -313,7 +310,7 @@ def test_each_group_of_parameters_has_its_own_peak_times_one_factor(tmp_path):
 
 def train_from_a_file(folder: Path) -> bool:
     bring(OWN["a file"])
-    train_as_rank(folder)
+    train_own(folder)
     return OWN["a file"].items.file is None
 
 
@@ -345,7 +342,7 @@ class CachingNet(nn.Module):
 def train_with_cache(folder: Path) -> list[int]:
     model = CachingNet()
     bring(Own(lambda: model))
-    train_as_rank(folder)
+    train_own(folder)
     return model.cached_at_each_step
 
 
@@ -372,13 +369,13 @@ def refusal(folder: Path, change: Callable, *args: str) -> str:
     Return the errors that this rank has printed.
     """
     bring(FIRST)
-    train_as_rank(folder, epochs=1)
+    train_own(folder, epochs=1)
     change(folder, *args)
     dist.barrier()
     lines: list[str] = []
     try:
         with patch("utils.print_line", lambda line, stream: lines.append(line)):
-            train_as_rank(folder, save_every=1)
+            train_own(folder, save_every=1)
     except SystemExit:
         return "\n".join(line for line in lines if line.startswith("error: "))
     return "not refused"
@@ -490,7 +487,7 @@ def test_what_would_give_the_optimizers_state_to_others_does_not_fit(name, tmp_p
 
 def train_with_batch_norm(folder: Path, epochs: int) -> int | None:
     bring(OWN["batch norm"])
-    return train_as_rank(folder, epochs=epochs)
+    return train_own(folder, epochs=epochs)
 
 
 def fail_in_evaluation(folder: Path) -> None:
@@ -501,7 +498,7 @@ def fail_in_evaluation(folder: Path) -> None:
     bring(OWN["batch norm"])
     call_before("compute_loss", fail)
     # It ends the process without waiting for the others, which wait for this one.
-    train_as_rank(folder, train_ddp.run_rank, epochs=1)
+    train_own(folder, function="run_rank", epochs=1)
 
 
 def count_steps_of_rerun(folder: Path) -> int:
