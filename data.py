@@ -49,8 +49,8 @@ def load_data(
       of the classes: a `set` of them has another order in each process.
     - If items change at random, the training set needs a `set_epoch`, as `Digits` has it.
     - If you split one data set in two, do it with `seed`, which all ranks share.
-    - `download` is True in the process with LOCAL_RANK 0 of each machine. When these are done,
-      within utils.TIMEOUT, the others call this function with False.
+    - First, one rank of each machine calls this function, with download=True. When that is done,
+      the others call it with False. They wait for utils.TIMEOUT at most.
     """
     # torchvision takes as long to import as torch. The process that only starts the ranks, in
     # utils.launch, does not need it.
@@ -148,11 +148,11 @@ class ResumableSampler(DistributedSampler):
         rank 0 takes  7 6
         rank 1 takes  2 4
 
-    A script of your own that never resumes can use DistributedSampler itself. Of that, only
-    seed, epoch, rank and num_replicas (the world size) are used here.
+    A script of your own that never resumes can use DistributedSampler itself. Here, that provides
+    seed and epoch; and rank and num_replicas (the world size), from the process group.
     """
 
-    dataset: SizedDataset
+    dataset: SizedDataset  # This says to type checkers that it has a length.
     # The number of items of the epoch that all ranks together have finished.
     start = 0
 
@@ -181,8 +181,8 @@ def make_loader(
     New workers are started for each epoch: persistent_workers would keep their copy of the
     data set, which never sees what `set_epoch` changes.
     """
-    # With "fork", which is safe on Linux only, a worker starts as a copy of its rank. With
-    # "spawn" it would be a new Python, which imports torch for seconds.
+    # On Linux, a worker begins as a copy of its rank ("fork"). Elsewhere that is not safe, and it
+    # is a new Python, which imports torch for seconds.
     forks = LOADER_WORKERS > 0 and sys.platform == "linux"
     return DataLoader(
         dataset,
@@ -191,6 +191,6 @@ def make_loader(
         num_workers=LOADER_WORKERS,
         multiprocessing_context="fork" if forks else None,
         worker_init_fn=utils.ignore_stop_signals,
-        # From pinned memory, which stays in place, copies to a GPU do not make the CPU wait.
+        # From pinned memory, a GPU can fetch a batch while the CPU goes on (non_blocking=True).
         pin_memory=torch.cuda.is_available(),
     )

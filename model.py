@@ -15,8 +15,8 @@ class ConvNet(nn.Module):
     that two ranks with 32 images each would no longer compute what one rank computes with 64.
     Use nn.GroupNorm instead; or, on GPUs, nn.SyncBatchNorm.convert_sync_batchnorm.
 
-    It has no dropout either. All ranks are seeded alike, and would drop the same units; and a
-    resumed training would drop those of its start again.
+    It has no dropout either. All ranks are seeded alike, so they would drop the same units; and a
+    resumed training, which is seeded again, would drop those of its first steps.
     """
 
     def __init__(self) -> None:

@@ -13,14 +13,20 @@ examples:
 # world size: the number of ranks.
 # global batch: the images of all ranks in one step: batch_size * world_size of them.
 # local rank: the number of a process on its machine; it chooses the GPU.
-# launcher: what starts the ranks, torchrun or this script; it sets RANK, LOCAL_RANK, WORLD_SIZE.
-# process group: the ranks that have met. torch keeps it in a global variable.
+# launcher: what starts the ranks: torchrun, which is run once on each machine, or this script.
+#     It sets environment variables of each rank: RANK, LOCAL_RANK, WORLD_SIZE.
+# process group: the ranks that can reach one another. torch keeps it in a global variable, so
+#     nobody has to pass it to DDP or to the sampler.
 # backend: the library that carries their messages: gloo between CPUs, nccl between NVIDIA GPUs.
 # collective: an operation that all ranks must call, in the same order, as each waits for the
-#     others. A rank that takes one step more waits in vain, until utils.TIMEOUT.
+#     others. A rank that takes one step more waits in vain, until utils.TIMEOUT. The docstring
+#     of a function that calls one begins with "Wait for all ranks".
 # all-reduce: the collective that overwrites a tensor of each rank by the sum of all of them.
-# broadcast, all-gather, barrier: one rank's value for all; all values for all; only waiting.
+# broadcast: the collective that gives one rank's value to all.
+# all-gather: the collective that gives the values of all ranks to all.
+# barrier: the collective that only waits.
 # DDP: DistributedDataParallel, which all-reduces gradients, and divides them by the world size.
+# signal: a message of the system to a process: SIGINT after Ctrl-C, SIGTERM as a request to end.
 #
 # Seven steps turn a plain training script into one for DDP. `train` takes them in this order:
 #
@@ -36,7 +42,6 @@ import copy
 import math
 import os
 import signal
-import sys
 import time
 from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass, field
@@ -98,14 +103,17 @@ class Run:
     next_line: float = 0.0  # See `print_at_times`.
 
 
-@record  # With it, torchrun shows the traceback of the rank that has failed first.
+@record  # Only for torchrun, which then shows the traceback of the rank that has failed first.
 def train(args: Namespace) -> int | None:
-    """Train as one rank; return the number of the first stop signal, or None without any."""
+    """Train as one rank; return the number of the first stop signal, or None without any.
+
+    utils.run_rank calls it. That also destroys the process group in the end.
+    """
     # Step 1: join the other ranks. The launcher has started them; all run these same lines.
     device = utils.init_distributed()
     args = share_flags(args)
-    # call_on(condition, function, argument): ranks for which the condition is true call the
-    # function, the others wait. Here rank 0 makes sure that no other run uses the folder.
+    # call_on(is_chosen, function, argument): ranks for which is_chosen is true call the function,
+    # the others wait for them. Here rank 0 makes sure that no other run uses the folder.
     call_on(dist.get_rank() == 0, utils.lock_folder, args.checkpoint_dir)
 
     # Step 2: one rank of each machine downloads the data; then all of them read it.
@@ -122,17 +130,17 @@ def train(args: Namespace) -> int | None:
     resumed_from = resume(run)
     report_start(run, resumed_from)
 
-    # Step 3: wrap the model. `ddp` has no copy of it: they share their weights. The backward
-    # pass of what ddp(...) returns also averages the gradients over the ranks.
-    # (gradient_as_bucket_view saves a copy of the gradients.)
+    # Step 3: wrap the model. `ddp` has no copy of it: they share their weights. If a loss was
+    # computed with `ddp`, loss.backward() also averages the gradients over the ranks.
+    # (With gradient_as_bucket_view, that needs less memory.)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     # Step 4: deal the images out. Each rank loads its own share of them.
     sampler = ResumableSampler(train_set, seed=args.seed)
     loader = make_loader(train_set, args.batch_size, sampler)
 
-    # Ctrl-C sends this process a signal, SIGINT, which would end it. From here on, `stop` only
-    # notes such signals, until all ranks can save together.
+    # A signal would end this process at once. From here on, `stop` only notes signals, until all
+    # ranks can save together.
     stop = utils.catch_stop_signals()
     # An earlier process may have been stopped before it had evaluated its last epoch.
     evaluate_last_epoch(run, test_set)
@@ -147,14 +155,15 @@ def train(args: Namespace) -> int | None:
         # Step 7: rank 0 saves, before the evaluation, which may fail or take long.
         path = save(run)
         # Whether `train_epoch` has ended early, or a signal has come since then.
-        if any_rank(stop.is_requested):
+        if any_rank(stop.is_requested()):
             print0(f"stopped; {path} has all progress: rerun to resume")
-            # If only another rank got a signal, this one ends as if it had got one.
+            # The process will end by this signal, so that a shell sees that it was stopped. A
+            # rank that got none, as only another one did, takes SIGTERM.
             return stop.number or signal.SIGTERM
         evaluate_last_epoch(run, test_set)
     accuracy = run.progress.history[-1]["test_accuracy"]
     print0(f"finished   {run.progress.epoch} epochs, test accuracy {accuracy:.2%}")
-    return None
+    return stop.number
 
 
 # ---------------------------------------------------------------- what you may want to replace
@@ -205,15 +214,18 @@ def train_epoch(
     progress = run.progress
     # `evaluate` leaves the model in eval mode.
     ddp.train()
-    # The sum of this rank's losses since the last `add_up_losses`, and their number. In float64
-    # sums are not rounded, so a stop, which adds them up earlier, does not change the result.
+    # The sum of this rank's losses since the last `add_up_losses`, and their number. A float64 can
+    # hold the sum of so few float32 numbers exactly, so it does not matter when they are added up:
+    # a save, or a stop, does not change the result.
     own_sums = torch.zeros(2, dtype=torch.float64, device=run.device)
     # After a resume, the seconds of an earlier process count, too.
     started = time.monotonic() - progress.seconds
     for number, batch in enumerate(loader, start=1):
         if number == 1:
-            # Only so that a resumed training equals, to the last bit, one that never stopped.
+            # Only so that a resumed training equals, to the last bit, one that never stopped. (In
+            # later epochs it changes nothing.)
             settle_buckets(run, ddp, batch)
+        # The last step of an epoch has fewer images. The sampler gives equally many to each rank.
         global_batch = min(args.batch_size * args.world_size, images_left(run))
         set_learning_rate(run, global_batch)
         own_sums += train_step(run, ddp, batch)
@@ -223,10 +235,11 @@ def train_epoch(
 
         is_saving = args.save_every is not None and progress.step % args.save_every == 0
         is_last = images_left(run) == 0
-        # After batches 1, 11, 21 and so on of this call; `number` is the same on all ranks.
+        # After batches 1, 11, 21 and so on of this call. All three conditions are the same on all
+        # ranks, as they have to be before a collective.
         if is_saving or is_last or (number - 1) % SYNC_EVERY == 0:
             add_up_losses(progress, own_sums)
-            if any_rank(stop.is_requested):
+            if any_rank(stop.is_requested()):
                 return
         if is_saving:
             save(run)
@@ -235,7 +248,7 @@ def train_epoch(
 
 
 def train_step(run: Run, ddp: DistributedDataParallel, batch: Any) -> Tensor:
-    """Take one step; return what `compute_gradients` returns."""
+    """Take one step; return the sum of this rank's losses and their number, [2]."""
     loss_and_count = compute_gradients(run, ddp, batch)
     # The gradients are the same on all ranks now, and so will be the step.
     # (Here is the place to clip them, without any communication.)
@@ -251,8 +264,8 @@ def compute_gradients(run: Run, ddp: DistributedDataParallel, batch: Any) -> Ten
     It is a function of its own because `settle_buckets` needs gradients without a step.
     """
     loss, is_right = compute_loss(ddp, batch, run.device)
-    # DDP has hooks at the weights, by which it averages each gradient over the ranks. As their
-    # batches are equally large, in the last step too, that is the mean over all images.
+    # Here DDP averages each gradient over the ranks, as soon as it is computed. As their batches
+    # are equally large, in the last step too, that is the mean over all images.
     loss.backward()
     # Both stay on the device: loss.item() would make the CPU wait for the GPU in each step.
     count = torch.full_like(loss, len(is_right))
@@ -265,6 +278,7 @@ def add_up_losses(progress: Progress, own_sums: Tensor) -> None:
     DDP averages gradients, never the loss: without this, rank 0 would report its own. Exits if
     the sum is not finite, or if the ranks had batches of different sizes.
     """
+    # From here on, the numbers are equal on all ranks, so either all of them exit, or none.
     dist.all_reduce(own_sums)
     loss_sum, count = own_sums.tolist()
     own_sums.zero_()
@@ -285,8 +299,8 @@ def evaluate(run: Run, test_set: SizedDataset) -> dict[str, float]:
     # batch norm statistics). A rank with one batch more than the others would wait in vain.
     model = run.model
     model.eval()
-    # The statistics of a batch norm differ from rank to rank. (ConvNet has none.) The checkpoint
-    # has those of rank 0.
+    # A model of your own may have a batch norm. Its statistics, which are buffers, differ from
+    # rank to rank. Those of rank 0 count, as they are the ones in the checkpoint.
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
     # Each image is used once. A DistributedSampler would repeat images until the ranks' shares
@@ -392,7 +406,7 @@ def load_on_every_rank(args: Namespace) -> tuple[str, SizedDataset, SizedDataset
     """
     is_first = utils.local_rank() == 0
     folder = args.data_dir
-    # The last argument says whether to download.
+    # The last argument says whether to download. The second line begins when the first is done.
     loaded_first = call_on(is_first, load_data, folder, args.seed, True)
     loaded_later = call_on(not is_first, load_data, folder, args.seed, False)
     # On each rank, one of them is None.
@@ -418,10 +432,10 @@ def default_learning_rate(args: Namespace, train_size: int) -> float:
 def settle_buckets(run: Run, ddp: DistributedDataParallel, batch: Any) -> None:
     """Compute gradients and throw them away, so that DDP learns in which order they come.
 
-    DDP sends gradients in large tensors, its buckets. After the first backward pass it sorts
-    them anew, so a resumed training would take one step more with the first buckets than one
-    that was never stopped. With other buckets, the ranks' numbers are added up in another
-    order: the last bit of (a + b) + c may differ from that of a + (b + c).
+    DDP sends gradients in large tensors, its buckets. After the first backward pass of a process,
+    it sorts the gradients into other buckets, in which the ranks' numbers are added up in another
+    order. Then the last bit may differ, as (a + b) + c may differ from a + (b + c). So no step,
+    neither of a new nor of a resumed process, should be taken with the first buckets.
     """
     buffers = [buffer.clone() for buffer in run.model.buffers()]
     # The model may change its input in place, and the batch is needed once more.
@@ -446,7 +460,8 @@ def save(run: Run) -> Path:
     # A later checkpoint comes later in the alphabet.
     name = f"epoch{progress.epoch:05d}-image{progress.images_done:09d}.pt"
     path = run.args.checkpoint_dir / name
-    # The last loss was computed before the last step, so it says nothing of the new weights.
+    # Bad weights must not replace good checkpoints. The loss cannot tell, as it was computed before
+    # the last step. The weights are equal on all ranks, so either all of them exit, or none.
     if not all(weight.isfinite().all() for weight in run.model.parameters()):
         utils.exit_together("the weights are not finite: rerun with a lower --lr")
     is_rank0 = dist.get_rank() == 0
@@ -457,8 +472,7 @@ def save(run: Run) -> Path:
 def checkpoint_of(run: Run) -> dict[str, Any]:
     """Return what a checkpoint holds; its tensors stay on their device."""
     return {
-        "args": hyperparameters(run.args),
-        "data": run.data_name,
+        "hyperparameters": hyperparameters(run),
         # The model itself is saved. In the state dict of `ddp`, every name begins with
         # "module.", and only a model that is wrapped in DDP could load it.
         "model": run.model.state_dict(),
@@ -469,16 +483,20 @@ def checkpoint_of(run: Run) -> dict[str, Any]:
 
 
 def weight_names(run: Run) -> list[str | None]:
-    """Return the names of the weights, in the order in which the optimizer keeps its state."""
+    """Return the names of the weights, in the order in which the optimizer keeps its state.
+
+    The name is None if a weight of the optimizer is not one of the model.
+    """
     names = {weight: name for name, weight in run.model.named_parameters()}
     groups = run.optimizer.param_groups
     return [names.get(weight) for group in groups for weight in group["params"]]
 
 
-def hyperparameters(args: Namespace) -> dict[str, Any]:
-    """Return the flags that decide what is learned."""
+def hyperparameters(run: Run) -> dict[str, Any]:
+    """Return what decides what is learned: the name of the data, and some of the flags."""
     names = "seed", "epochs", "batch_size", "world_size", "lr"
-    return {name: getattr(args, name) for name in names}
+    flags = {name: getattr(run.args, name) for name in names}
+    return {"data": run.data_name, **flags}
 
 
 def resume(run: Run) -> Path | None:
@@ -489,24 +507,24 @@ def resume(run: Run) -> Path | None:
     # One rank of each machine reads its folder, as each machine may have its own disk.
     folder = run.args.checkpoint_dir
     found = call_on(utils.local_rank() == 0, utils.newest_checkpoint, folder)
-    name, content = found or ("", b"")
-    # Rank 0's is not always the newest: when torchrun restarts the ranks, it may give number 0
-    # to one on another machine, with an empty disk.
+    name, saved = found or ("", {})
+    # Rank 0's is not always the newest. After a failure, torchrun can start the ranks again, and
+    # then number 0 may be on another machine, with an empty disk.
     names = gather(name)
     newest = max(names)
     if not newest:
         return None
     # The rank that has the newest checkpoint sends it to all.
-    content = broadcast(content, source=names.index(newest))
+    saved = broadcast(saved, source=names.index(newest))
     path = folder / newest
-    call_on(True, load_checkpoint, run, path, content)
+    # All ranks load it. With call_on, all exit if one of them cannot.
+    call_on(True, load_checkpoint, run, path, saved)
     return path
 
 
-def load_checkpoint(run: Run, path: Path, content: bytes) -> None:
+def load_checkpoint(run: Run, path: Path, saved: dict[str, Any]) -> None:
     """Load a checkpoint into the run; raises SystemExit if it does not fit."""
     try:
-        saved = utils.decode_checkpoint(content)
         compare_with_saved(run, saved)
         run.model.load_state_dict(saved["model"])
         # Only the state is loaded: a weight decay, say, that you have changed in the code counts.
@@ -521,12 +539,11 @@ def load_checkpoint(run: Run, path: Path, content: bytes) -> None:
 
 def compare_with_saved(run: Run, saved: dict[str, Any]) -> None:
     """Raise ValueError if another training has been saved; report changed flags."""
-    now = hyperparameters(run.args)
-    before = saved["args"]
-    if before["seed"] != now["seed"]:
-        raise ValueError(f"it has seed {before['seed']}, this run has {now['seed']}")
-    if saved["data"] != run.data_name:
-        raise ValueError(f"it has data {saved['data']}, this run has {run.data_name}")
+    now = hyperparameters(run)
+    before = saved["hyperparameters"]
+    for name in "seed", "data":
+        if before[name] != now[name]:
+            raise ValueError(f"it has {name} {before[name]}, this run has {now[name]}")
     # Otherwise the optimizer would take the state of one weight for that of another.
     if saved["weight_names"] != weight_names(run):
         problem = "the optimizer has other weights, or has them in another order"
@@ -546,12 +563,10 @@ def report_start(run: Run, resumed_from: Path | None) -> None:
     run.next_line = time.monotonic() + LOG_SECONDS
     print0(f"processes  {args.world_size} on {run.device.type}")
     print0(f"data       {run.data_name}")
-    rate = f"peak lr {args.lr:.3g}"
-    print0(f"training   {args.batch_size} images per rank and step, {rate}")
-    if resumed_from is None:
-        print0(f"start      from scratch, nothing in {args.checkpoint_dir}")
-    else:
-        print0(f"start      {resumed_from}")
+    batch_size = f"{args.batch_size} images per rank and step"
+    print0(f"training   {batch_size}, peak lr {args.lr:.3g}")
+    start = resumed_from or f"from scratch, nothing in {args.checkpoint_dir}"
+    print0(f"start      {start}")
 
 
 def print_at_times(run: Run, text: str) -> None:
@@ -622,33 +637,13 @@ def parse_args() -> Namespace:
     return args
 
 
-def run_rank(args: Namespace) -> None:
-    """Train as one rank. If a signal has stopped the training, end by that signal."""
-    try:
-        number = train(args)
-    except KeyboardInterrupt:
-        utils.die_of(signal.SIGINT)
-    except Exception as error:
-        if not utils.has_launcher():
-            raise
-        # A normal exit could wait for the other ranks, which may wait for this one in a
-        # collective. os._exit ends at once, so the traceback has to be printed before.
-        sys.excepthook(type(error), error, error.__traceback__)
-        os._exit(1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if number is not None:
-        utils.die_of(number)
-
-
 def main() -> None:
-    """Train in this process, if it is one of several already, or the only one; else start them."""
+    """Train in this process, if it is a rank already, or the only one; else start the ranks."""
     args = parse_args()
     if utils.has_launcher() or args.world_size == 1:
-        run_rank(args)
+        utils.run_rank(train, args)
     else:
-        utils.launch(run_rank, args, args.world_size)
+        utils.launch(train, args, args.world_size)
 
 
 if __name__ == "__main__":

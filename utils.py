@@ -1,7 +1,6 @@
 """What DDP needs around a training loop; below it, what survives failures."""
 
 import contextlib
-import ctypes
 import fcntl
 import io
 import os
@@ -28,8 +27,7 @@ TIMEOUT = timedelta(minutes=10)
 def init_distributed() -> torch.device:
     """Join the other ranks; return the device on which this rank trains.
 
-    In a script of your own that torchrun starts on GPUs, these lines are enough (with "nccl"
-    alone, each message has to be a tensor on the GPU):
+    In a script of your own that torchrun starts on GPUs, these lines are enough:
 
         local_rank = int(os.environ["LOCAL_RANK"])
         torch.cuda.set_device(local_rank)
@@ -37,19 +35,19 @@ def init_distributed() -> torch.device:
     """
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank())
-        prepare_gpu(device)
-        # Without this line, all that names no number of a GPU would use GPU 0 on every rank.
-        torch.cuda.set_device(device)
         # The group has two backends: nccl sends what is on a GPU, and gloo what is not, such
         # as the Python objects of `gather`.
         backend = "cpu:gloo,cuda:nccl"
     else:
         device = torch.device("cpu")
-        prepare_cpu()
         backend = "gloo"
-    prepare_process()
-    # The store is a table that all ranks can read and write. There each leaves its address. The
-    # launcher has said where it is. (DDP itself does not need what prepare_... do.)
+    # For speed and safety. DDP does not need it.
+    prepare_process(device)
+    if device.type == "cuda":
+        # Otherwise "cuda" without a number would mean GPU 0 on every rank.
+        torch.cuda.set_device(device)
+    # The store is a table that all ranks can read and write. In it, each leaves its address for
+    # the others. The launcher has said where the store is.
     store, rank, world_size = open_store()
     dist.init_process_group(
         backend,
@@ -142,11 +140,13 @@ def exit_together(problem: str) -> NoReturn:
 # ---------------------------------------------------------------- setting up a process
 
 
-def prepare_process() -> None:
-    """Set up signals, threads and network of a rank."""
+def prepare_process(device: torch.device) -> None:
+    """Set up signals, threads, network and device of a rank."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_launcher()
-    if has_launcher():
+        # When torchrun is killed, Linux sends this process SIGTERM. Otherwise it would train on.
+        mp._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
+    # With & in a script, for example, programs are started with SIGINT ignored. It stays so.
+    if has_launcher() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         # Until there is something to save, Ctrl-C ends this process at once. Python's own
         # handler would have to wait while C++ code waits for other ranks.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -160,13 +160,17 @@ def prepare_process() -> None:
         loopback = "lo" if sys.platform == "linux" else "lo0"
         os.environ["GLOO_SOCKET_IFNAME"] = loopback
         os.environ["NCCL_SOCKET_IFNAME"] = loopback
+    if device.type == "cuda":
+        prepare_gpu(device)
+    else:
+        prepare_cpu()
 
 
 def prepare_cpu() -> None:
     """Have Linux schedule the threads of this process so that gloo is fast.
 
     Otherwise gloo's receiving thread pushes its sending thread off the core while that holds a
-    lock: two ranks on two cores reach 0.54 of the speed of steps without DDP, instead of 0.85.
+    lock, and training with two ranks on two cores takes half as long again.
     """
     # macOS lacks the call, and a sandbox may refuse it.
     with contextlib.suppress(AttributeError, OSError):
@@ -197,15 +201,17 @@ def open_store() -> tuple[dist.Store, int, int]:
     """Return the store in which ranks find one another's addresses, the rank, the world size."""
     if not has_launcher():
         return dist.HashStore(), 0, 1
-    # torchrun can restart the ranks, with the same store, which has the addresses of dead ones.
+    # All that follows, but for rendezvous, is about restarts: torchrun can start the ranks anew
+    # after a failure, with the same store, which still has the addresses of dead ones.
     keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     can_restart = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if keeps_store and can_restart and not is_single_machine():
         fix = "--rdzv_backend=c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
         problem = f"error: --max-restarts on several machines needs {fix}"
         sys.exit(problem if local_rank() == 0 else 1)
-    # `launch` sets INIT_METHOD; other launchers set MASTER_ADDR and so on, which env:// reads.
-    init_method = os.environ.get("INIT_METHOD", "env://")
+    # `launch` sets TRAIN_DDP_STORE. Other launchers set MASTER_ADDR and MASTER_PORT, which env://
+    # stands for.
+    init_method = os.environ.get("TRAIN_DDP_STORE", "env://")
     store, rank, world_size = next(dist.rendezvous(init_method, timeout=TIMEOUT))
     if is_single_machine():
         # After each restart, the ranks use other keys. Several machines may count restarts
@@ -214,16 +220,6 @@ def open_store() -> tuple[dist.Store, int, int]:
         store = dist.PrefixStore(restarts, store)
     store.set_timeout(TIMEOUT)
     return store, rank, world_size
-
-
-def end_with_launcher() -> None:
-    """Have the kernel send this process SIGTERM when its launcher dies (on Linux only).
-
-    Without it, the ranks of a killed torchrun would train on alone, as nobody's children.
-    """
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1  # See prctl(2).
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def print_line(text: str, stream: TextIO) -> None:
@@ -331,17 +327,15 @@ def decode_checkpoint(content: bytes) -> dict[str, Any]:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-def newest_checkpoint(folder: Path) -> tuple[str, bytes]:
-    """Return name and content of the newest undamaged checkpoint, or "" and b"" without any.
+def newest_checkpoint(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Return name and content of the newest undamaged checkpoint, or "" and {} without any.
 
     Raises SystemExit if there are checkpoints, but none can be loaded.
     """
     paths = sorted(folder.glob(CHECKPOINT_PATTERN), reverse=True)
     for path in paths:
         try:
-            content = path.read_bytes()
-            decode_checkpoint(content)
-            return path.name, content
+            return path.name, decode_checkpoint(path.read_bytes())
         except (OSError, MemoryError) as error:
             # It may be whole, and an older one would lose what was trained since then.
             raise SystemExit(f"cannot read {path} ({error!r}): rerun when that works")
@@ -350,7 +344,7 @@ def newest_checkpoint(folder: Path) -> tuple[str, bytes]:
             warn(f"{path} is damaged, trying the one before: {reason}")
     if paths:
         raise SystemExit(f"no checkpoint in {folder} can be loaded: restore one")
-    return "", b""
+    return "", {}
 
 
 # ---------------------------------------------------------------- stop signals
@@ -368,7 +362,6 @@ class StopRequest:
         self.number: int | None = None
         self.time = 0.0
 
-    @property
     def is_requested(self) -> bool:
         return self.number is not None
 
@@ -417,11 +410,31 @@ def die_of(number: int) -> NoReturn:
     sys.exit(128 + number)
 
 
-# ---------------------------------------------------------------- starting ranks
+# ---------------------------------------------------------------- starting and ending ranks
 
 
-def launch(run_rank: Callable[[Any], None], args: Any, world_size: int) -> None:
-    """Call run_rank(args) in `world_size` new processes, and wait until they have ended.
+def run_rank(train: Callable[[Any], int | None], args: Any) -> None:
+    """Call train(args) in this process. If a signal has stopped it, end by that signal."""
+    try:
+        number = train(args)
+    except KeyboardInterrupt:
+        die_of(signal.SIGINT)
+    except Exception as error:
+        if not has_launcher():
+            raise
+        # A normal exit could wait for the other ranks, which may wait for this one in a
+        # collective. os._exit ends at once, so the traceback has to be printed before.
+        sys.excepthook(type(error), error, error.__traceback__)
+        os._exit(1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if number is not None:
+        die_of(number)
+
+
+def launch(train: Callable[[Any], int | None], args: Any, world_size: int) -> None:
+    """Call train(args) in `world_size` new processes, and wait until they have ended.
 
     Exits with 1 if one of them fails. If this process was asked to stop, it passes that on,
     and dies of the same signal.
@@ -429,12 +442,12 @@ def launch(run_rank: Callable[[Any], None], args: Any, world_size: int) -> None:
     stop = catch_stop_signals()
     # The ranks meet in a file. A port could be taken, or be reached by others.
     with tempfile.TemporaryDirectory(prefix="train_ddp-") as folder:
-        arguments = (run_rank, args, world_size, f"file://{folder}/store")
-        # The terminal sends Ctrl-C to the ranks, too. They inherit that it is blocked, and leave
+        arguments = (train, args, world_size, f"file://{folder}/store")
+        # The terminal sends Ctrl-C to the ranks, too. They inherit that it is ignored, and leave
         # it to this process, which asks them to stop by SIGTERM.
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         context = mp.spawn(run_spawned_rank, arguments, nprocs=world_size, join=False)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        signal.signal(signal.SIGINT, handler)
         try:
             wait_for_ranks(context, stop)
         except KeyboardInterrupt:
@@ -454,13 +467,13 @@ def wait_for_ranks(context: mp.ProcessContext, stop: StopRequest) -> None:
     have_been_asked = False
     try:
         while not context.join(timeout=0.1, grace_period=3):
-            if stop.is_requested and not have_been_asked:
+            if stop.is_requested() and not have_been_asked:
                 have_been_asked = True
                 for process in context.processes:
                     process.terminate()
     except mp.ProcessExitedException as error:
         # A rank that has stopped, and saved, ends by a signal, as this process will.
-        if stop.is_requested and -error.exit_code in STOP_SIGNALS:
+        if stop.is_requested() and -error.exit_code in STOP_SIGNALS:
             return
         # With 1, the rank has printed its error already.
         if error.exit_code != 1:
@@ -469,11 +482,16 @@ def wait_for_ranks(context: mp.ProcessContext, stop: StopRequest) -> None:
 
 
 def run_spawned_rank(
-    rank: int, run_rank: Callable[[Any], None], args: Any, world_size: int, store: str
+    rank: int,
+    train: Callable[[Any], int | None],
+    args: Any,
+    world_size: int,
+    store: str,
 ) -> None:
     """Be one of the processes that `launch` has started."""
-    # mp.spawn has asked for SIGINT when the launcher dies, but that is blocked here.
-    end_with_launcher()
+    # When the launcher is killed, Linux sends this process SIGTERM. (mp.spawn has chosen SIGINT
+    # for that, which is ignored here.)
+    mp._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
     launcher = mp.parent_process()
     if launcher is not None and not launcher.is_alive():
         # It was killed before the line above could have an effect.
@@ -483,5 +501,5 @@ def run_spawned_rank(
     os.environ["LOCAL_RANK"] = str(rank)
     os.environ["WORLD_SIZE"] = str(world_size)
     os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
-    os.environ["INIT_METHOD"] = f"{store}?rank={rank}&world_size={world_size}"
-    run_rank(args)
+    os.environ["TRAIN_DDP_STORE"] = f"{store}?rank={rank}&world_size={world_size}"
+    run_rank(train, args)

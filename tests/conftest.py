@@ -369,14 +369,16 @@ torch.multiprocessing.get_context("forkserver").set_forkserver_preload(
 )
 
 
-def train_as_rank(folder: Path, device=CPU, function="train", **flags):
+def train_as_rank(
+    folder: Path, device=CPU, call=lambda train, args: train(args), **flags
+):
     """Call `train` in a rank that has joined the others already; return what it returns."""
     import train_ddp
 
     args = {"epochs": 2, "save_every": None, "keep": 99, "data_dir": Path()}
     args |= {"world_size": torch.distributed.get_world_size(), **flags}
     with mock.patch("utils.init_distributed", lambda: device):
-        return getattr(train_ddp, function)(Namespace(checkpoint_dir=folder, **args))
+        return call(train_ddp.train, Namespace(checkpoint_dir=folder, **args))
 
 
 def in_ranks(world_size: int, function, *args) -> list:
@@ -395,9 +397,12 @@ def in_ranks(world_size: int, function, *args) -> list:
 def _rank(rank: int, world_size: int, folder: str, function, args: tuple) -> None:
     import utils
 
-    def run_rank(args) -> None:
+    def train(args) -> None:
         utils.init_distributed()
         torch.save(function(*args), f"{folder}/result{rank}")
         torch.distributed.destroy_process_group()
 
-    utils.run_spawned_rank(rank, run_rank, args, world_size, f"file://{folder}/store")
+    store = f"file://{folder}/store"
+    # An exception goes to the test.
+    with mock.patch("utils.run_rank", lambda train, args: train(args)):
+        utils.run_spawned_rank(rank, train, args, world_size, store)

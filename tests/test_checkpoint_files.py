@@ -21,7 +21,14 @@ import utils
 from model import ConvNet
 from utils import lock_folder, newest_checkpoint, save_checkpoint
 
-FLAGS = {"seed": 0, "epochs": 2, "batch_size": 64, "world_size": 2, "lr": 0.01}
+FLAGS = {
+    "data": "some data",
+    "seed": 0,
+    "epochs": 2,
+    "batch_size": 64,
+    "world_size": 2,
+    "lr": 0.01,
+}
 NEXT = "epoch00001-image000000000.pt"
 
 
@@ -85,14 +92,15 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_loaded(
-    damage, folder, monkeypatch, capfd
+    damage, folder, state, monkeypatch, capfd
 ):
     """Code in it is not executed. With all of them damaged, training does not begin anew."""
     monkeypatch.chdir(folder)
     sound, path = checkpoints(folder)
     content = sound.read_bytes()
     path.write_bytes(DAMAGES[damage](content))
-    assert newest_checkpoint(folder) == (sound.name, content)
+    name, loaded = newest_checkpoint(folder)
+    assert (name, loaded["progress"]) == (sound.name, state["progress"])
     warning = capfd.readouterr().err
     assert warning.startswith(f"warning: {path} is damaged")
     assert warning.count("\n") == 1
@@ -138,9 +146,8 @@ def test_a_checkpoint_of_a_gpu_is_loaded_without_one(state, tmp_path):
         save_checkpoint(path, state, keep=1)
     with pytest.raises(RuntimeError, match="CUDA"):
         torch.load(path, weights_only=True)
-    name, content = newest_checkpoint(tmp_path)
+    name, loaded = newest_checkpoint(tmp_path)
     assert name == NEXT
-    loaded = utils.decode_checkpoint(content)
     assert equal(loaded["model"].values(), state["model"].values())
 
 
@@ -165,8 +172,10 @@ def test_a_checkpoint_of_another_kind_of_training_is_refused(state, tmp_path):
     renamed = {name.replace("layers.0", "layers.x"): w for name, w in weights.items()}
     swapped = state["weight_names"][::-1]
     others = {
-        "it has seed 5, this run has 0": {"args": FLAGS | {"seed": 5}},
-        "it has data others, this run has some data": {"data": "others"},
+        "it has seed 5, this run has 0": {"hyperparameters": FLAGS | {"seed": 5}},
+        "it has data others, this run has some data": {
+            "hyperparameters": FLAGS | {"data": "others"}
+        },
         "RuntimeError: .*mismatch for layers.0.weight.*": {"model": wider},
         "RuntimeError: .*Missing key.*layers.0.weight.*": {"model": renamed},
         ".*other weights, or has them in another order": {"weight_names": swapped},

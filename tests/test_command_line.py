@@ -28,7 +28,7 @@ from conftest import (
 import train_ddp
 import utils
 
-LAUNCHERS = re.compile("RANK|WORLD_SIZE|LOCAL|MASTER|TORCHELASTIC|INIT_METHOD")
+LAUNCHERS = re.compile("RANK|WORLD_SIZE|LOCAL|MASTER|TORCHELASTIC|TRAIN_DDP_STORE")
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def refused(monkeypatch, capsys, tmp_path):
     """Run main, which must end with 2 and touch no file; return the line it prints."""
     monkeypatch.chdir(tmp_path)
     trains = "the command line was accepted"
-    monkeypatch.setattr(train_ddp, "run_rank", lambda *_: pytest.fail(trains))
+    monkeypatch.setattr(utils, "run_rank", lambda *_: pytest.fail(trains))
 
     def run_main(*flags: str) -> str:
         monkeypatch.setattr(sys, "argv", ["train_ddp.py", *flags])

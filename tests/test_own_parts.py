@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, Subset, default_collate
 
 import data
 import train_ddp
+from utils import run_rank
 
 # Of 31 items, three ranks with a batch of four take 12, 12 and 6: three steps are an epoch.
 TOTAL = 31
@@ -442,7 +443,7 @@ def delete_from_checkpoint(folder: Path, *keys: str) -> None:
         torch.save(state, checkpoints(folder)[0])
 
 
-LACKING = "optimizer; optimizer state; model a.bias; args seed; data; progress"
+LACKING = "optimizer; optimizer state; model a.bias; hyperparameters seed; progress"
 FIX = "choose another --checkpoint_dir"
 
 
@@ -498,7 +499,7 @@ def fail_in_evaluation(folder: Path) -> None:
     bring(OWN["batch norm"])
     call_before("compute_loss", fail)
     # It ends the process without waiting for the others, which wait for this one.
-    train_own(folder, function="run_rank", epochs=1)
+    train_own(folder, call=run_rank, epochs=1)
 
 
 def count_steps_of_rerun(folder: Path) -> int:

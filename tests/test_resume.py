@@ -76,8 +76,7 @@ def test_the_record_of_an_epoch_adds_up(straight):
     # Both ranks get equally many of the 10,000 images.
     assert record["images_per_second"] == pytest.approx(10_000 / record["seconds"])
     flags = {"seed": 0, "epochs": 1, "batch_size": 64, "world_size": 2, "lr": 0.01}
-    assert state["args"] == flags
-    assert state["data"] == "MNIST, 10000 + 2000 items"
+    assert state["hyperparameters"] == {"data": "MNIST, 10000 + 2000 items", **flags}
 
     files = MNIST(SAMPLE, train=False)
     images, labels = files.data, files.targets
@@ -206,7 +205,7 @@ def test_a_finished_run_is_left_alone_and_a_longer_one_continues(
     first, second = newest(folder)["progress"]["history"]
     assert first == record
     assert (second["epoch"], second["step"]) == (2, 2 * STEPS)
-    assert newest(folder)["args"]["lr"] == 0.02
+    assert newest(folder)["hyperparameters"]["lr"] == 0.02
     assert second["train_loss"] < first["train_loss"]
 
 
