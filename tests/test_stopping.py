@@ -190,6 +190,16 @@ def test_stopped_by_any_signal_to_anyone_a_training_loses_nothing(
         assert code != 0
 
 
+def test_ctrl_c_that_is_ignored_stops_nobody(fork, tmp_path):
+    """A shell starts commands so that end with &: Ctrl-C is meant for another one."""
+    ignores = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)"
+    job = fork(*LONG, **fault(ignores), **hand_set(1)[0])
+    for number in signal.SIGINT, signal.SIGTERM:
+        wait_for_progress(job, tmp_path / "checkpoints")
+        os.kill(job.process.pid, number)
+    assert job.wait() == -signal.SIGTERM, job.output()
+
+
 def test_a_killed_rank_ends_the_run_and_the_rerun_resumes(launch, tmp_path):
     folder = tmp_path / "checkpoints"
     job = launch(*LONG, **WITH_LOADERS)
@@ -447,6 +457,7 @@ def test_a_stop_during_start_up_ends_all_at_once(name, tmp_path, start):
         os.kill(job.process.pid, number)
     assert job.wait(TOGETHER) == -number
     wait_until(lambda: not job.everyone(), "the end of all ranks", timeout=TOGETHER)
+    assert "Traceback" not in job.output()
     assert not checkpoints(tmp_path / "checkpoints")
 
 
