@@ -77,6 +77,20 @@ def print0(text: str) -> None:
         print_line(text, sys.stdout)
 
 
+def print_line(text: str, stream: TextIO) -> None:
+    """Print a line, if the stream still works: output must never cost a training.
+
+    Its reader may have ended (`| head`), the terminal may be closed, the disk full.
+    """
+    with contextlib.suppress(OSError):
+        print(text, file=stream, flush=True)
+
+
+def warn(text: str) -> None:
+    """Print a warning, from whichever rank calls."""
+    print_line(f"warning: {text}", sys.stderr)
+
+
 def gather(item: Any) -> list[Any]:
     """Wait for all ranks; return the `item` of each of them, in the order of ranks."""
     items: list[Any] = [None] * dist.get_world_size()
@@ -135,7 +149,8 @@ def exit_together(problem: str) -> NoReturn:
 
 
 # ================================================================ hardening
-# Nothing below is needed to understand DDP. It is what survives failures.
+# Nothing below is needed to understand DDP. It keeps a process fast and its results repeatable,
+# checkpoints whole, and it has processes start and end in order.
 
 # ---------------------------------------------------------------- setting up a process
 
@@ -222,20 +237,6 @@ def open_store() -> tuple[dist.Store, int, int]:
     return store, rank, world_size
 
 
-def print_line(text: str, stream: TextIO) -> None:
-    """Print a line, if the stream still works: output must never cost a training.
-
-    Its reader may have ended (`| head`), the terminal may be closed, the disk full.
-    """
-    with contextlib.suppress(OSError):
-        print(text, file=stream, flush=True)
-
-
-def warn(text: str) -> None:
-    """Print a warning, from whichever rank calls."""
-    print_line(f"warning: {text}", sys.stderr)
-
-
 # ---------------------------------------------------------------- checkpoint files
 
 # Files with other names in a checkpoint folder are yours, and left alone.
@@ -245,16 +246,16 @@ CHECKPOINT_PATTERN = "epoch[0-9]*-image[0-9]*.pt"
 def lock_folder(folder: Path) -> None:
     """Keep other runs out of a checkpoint folder until this process ends.
 
-    Raises SystemExit if another run uses it, or if nothing can be saved in it.
+    Raises SystemExit if another run uses it, or if it cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # O_TRUNC would empty a file of somebody else, if .lock is a link to it. The file stays
-        # open: to close it would end the lock.
+        # Not open(..., "w"): if .lock is a link, that would empty the file to which it leads. The
+        # file stays open, as to close it would end the lock.
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            # A forked loader worker inherits a lock of flock, but not one of lockf, and can
-            # live on for some seconds after its rank was killed.
+            # Not flock: a loader worker would inherit its lock, and keep the folder locked for
+            # some seconds after its rank was killed.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             problem = f"another run uses {folder}"
@@ -275,11 +276,11 @@ def write_atomically(path: Path, content: bytes) -> None:
     with temporary.open("xb") as file:
         file.write(content)
         file.flush()
-        # Otherwise the new name could reach the disk before the content.
+        # Wait until the content is on the disk. Otherwise the new name could be there first.
         os.fsync(file.fileno())
     temporary.replace(path)
-    # Otherwise the deletion of older files could reach the disk before the new name. Some
-    # network file systems refuse it.
+    # Wait until the new name is on the disk. Otherwise the deletion of older files could be there
+    # first. Some network file systems refuse to wait.
     directory = os.open(path.parent, os.O_RDONLY)
     with contextlib.suppress(OSError):
         os.fsync(directory)
@@ -403,8 +404,10 @@ def die_of(number: int) -> NoReturn:
     """
     # A notebook, or an interactive interpreter, has sys.ps1. It must not be ended itself.
     if not hasattr(sys, "ps1"):
+        # What your own code has printed may still be in a buffer, which would be lost.
         with contextlib.suppress(OSError):
             print(end="", flush=True)
+        # Without our own handler, the signal ends this process.
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
     sys.exit(128 + number)
@@ -417,13 +420,13 @@ def run_rank(train: Callable[[Any], int | None], args: Any) -> None:
     """Call train(args) in this process. If a signal has stopped it, end by that signal."""
     try:
         number = train(args)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # The second Ctrl-C.
         die_of(signal.SIGINT)
     except Exception as error:
         if not has_launcher():
             raise
-        # A normal exit could wait for the other ranks, which may wait for this one in a
-        # collective. os._exit ends at once, so the traceback has to be printed before.
+        # Print the traceback, and end at once. A normal exit, and `finally` below, could wait for
+        # the other ranks, which may wait for this one in a collective.
         sys.excepthook(type(error), error, error.__traceback__)
         os._exit(1)
     finally:
@@ -472,7 +475,8 @@ def wait_for_ranks(context: mp.ProcessContext, stop: StopRequest) -> None:
                 for process in context.processes:
                     process.terminate()
     except mp.ProcessExitedException as error:
-        # A rank that has stopped, and saved, ends by a signal, as this process will.
+        # A rank that has stopped, and saved, ends by a signal, as this process will. Python gives
+        # the number of the signal as a negative exit code.
         if stop.is_requested() and -error.exit_code in STOP_SIGNALS:
             return
         # With 1, the rank has printed its error already.
@@ -489,8 +493,8 @@ def run_spawned_rank(
     store: str,
 ) -> None:
     """Be one of the processes that `launch` has started."""
-    # When the launcher is killed, Linux sends this process SIGTERM. (mp.spawn has chosen SIGINT
-    # for that, which is ignored here.)
+    # When the launcher is killed, Linux sends this process SIGTERM, instead of SIGINT, which
+    # mp.spawn has chosen, and which is ignored here.
     mp._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
     launcher = mp.parent_process()
     if launcher is not None and not launcher.is_alive():
