@@ -537,13 +537,13 @@ STOPS = {
 }
 
 
-def stop_rank_0(function: str, folder: Path) -> int | None:
+def stop_rank_0(function: str, folder: Path, epochs: int) -> int | None:
     def stop(*_: Any) -> None:
         if dist.get_rank() == 0:
             signal.raise_signal(signal.SIGUSR1)
 
     call_before(function, stop)
-    return train_with_batch_norm(folder, epochs=2)
+    return train_with_batch_norm(folder, epochs)
 
 
 @pytest.mark.parametrize("when", STOPS)
@@ -551,7 +551,7 @@ def test_a_stop_around_an_evaluation_loses_nothing(when, tmp_path):
     """It is noticed before the evaluation begins, which may take long; or after it."""
     ours = tmp_path / "stopped"
     function, step = STOPS[when]
-    numbers = in_ranks(RANKS, stop_rank_0, function, ours)
+    numbers = in_ranks(RANKS, stop_rank_0, function, ours, 2)
     expected = [signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM]
     assert numbers == expected, "not all ranks say that they were stopped"
     progress = newest(ours)["progress"]
@@ -563,6 +563,14 @@ def test_a_stop_around_an_evaluation_loses_nothing(when, tmp_path):
     for folder in ours, tmp_path / "undisturbed":
         in_ranks(RANKS, train_with_batch_norm, folder, 2)
     assert_same_result(ours, tmp_path / "undisturbed")
+
+
+def test_a_stop_in_the_last_evaluation_is_a_stop_for_the_shell(tmp_path):
+    """A loop of trainings has to end, although this one is finished."""
+    [number] = in_ranks(1, stop_rank_0, "evaluate", tmp_path, 1)
+    assert number == signal.SIGUSR1, "the stop is forgotten"
+    [record] = newest(tmp_path)["progress"]["history"]
+    assert "test_loss" in record, "the evaluation is not saved"
 
 
 FORKS = """

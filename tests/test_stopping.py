@@ -200,20 +200,6 @@ def test_ctrl_c_that_is_ignored_stops_nobody(fork, tmp_path):
     assert job.wait() == -signal.SIGTERM, job.output()
 
 
-def test_a_killed_rank_ends_the_run_and_the_rerun_resumes(launch, tmp_path):
-    folder = tmp_path / "checkpoints"
-    job = launch(*LONG, **WITH_LOADERS)
-    wait_for_progress(job, folder)
-    pids = pids_in_order(job)
-    os.kill(pids[1], signal.SIGKILL)
-    assert job.wait() == 1
-    all_end(pids)
-    saved = checkpoints(folder)[-1]
-    job = launch(*LONG)
-    wait_for_progress(job, folder)
-    assert f"\nstart      checkpoints/{saved.name}\n" in job.output()
-
-
 def test_a_rank_stops_when_torchrun_is_killed(fork, tmp_path):
     """The process that is started here only waits; its child is the rank, as of torchrun."""
     [rank] = hand_set(1)
@@ -287,16 +273,6 @@ def test_only_a_ctrl_c_after_a_second_is_a_second_one(fork, tmp_path, clock, is_
     assert bool(checkpoints(tmp_path / "checkpoints")) == is_saved
     if is_saved:
         check_saved(job, tmp_path / "checkpoints", 50)
-
-
-def test_a_launcher_that_gets_ctrl_c_twice_at_once_saves(launch, tmp_path):
-    job = launch(*LONG)
-    wait_for_progress(job, tmp_path / "checkpoints")
-    for _ in range(2):
-        for pid in pids_in_order(job):
-            os.kill(pid, signal.SIGINT)
-    assert job.wait(TOGETHER) == -signal.SIGINT
-    check_saved(job, tmp_path / "checkpoints", 100)
 
 
 SIGNALLED_WHILE_SPAWNING = """
