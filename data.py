@@ -73,7 +73,7 @@ def load_data(
 
 
 def has_all_files(data_dir: Path) -> bool:
-    """Return whether all four files are where torchvision looks for them."""
+    """Return whether the four files of images and labels are where torchvision looks for them."""
     raw = data_dir / DATASET / "raw"
     return len(list(raw.glob("*-ubyte"))) == 4
 
@@ -177,12 +177,11 @@ def make_loader(
 ) -> DataLoader:
     """Return a DataLoader. Its worker processes, if any, ignore Ctrl-C: their rank handles it.
 
-    A `collate_fn` of your own must not drop items, as all ranks need equally large batches.
     New workers are started for each epoch: persistent_workers would keep their copy of the
     data set, which never sees what `set_epoch` changes.
     """
-    # On Linux, a worker begins as a copy of its rank ("fork"). Elsewhere that is not safe, and it
-    # is a new Python, which imports torch for seconds.
+    # With "fork", a worker begins as a copy of its rank. Otherwise, as on systems where that is not
+    # safe, it is a new Python, which imports torch for seconds.
     forks = LOADER_WORKERS > 0 and sys.platform == "linux"
     return DataLoader(
         dataset,
@@ -191,6 +190,7 @@ def make_loader(
         num_workers=LOADER_WORKERS,
         multiprocessing_context="fork" if forks else None,
         worker_init_fn=utils.ignore_stop_signals,
-        # From pinned memory, a GPU can fetch a batch while the CPU goes on (non_blocking=True).
+        # The system never moves pinned memory, so a GPU can fetch a batch from it while the CPU
+        # goes on (non_blocking=True).
         pin_memory=torch.cuda.is_available(),
     )

@@ -32,7 +32,8 @@ class ConvNet(nn.Module):
             nn.Flatten(),
             nn.Linear(96 * 3 * 3, 10),
         )
-        # In memory, the channels of a pixel lie side by side: convolutions are faster so.
+        # In memory, the channels of a pixel lie side by side, unlike torch's default:
+        # convolutions are faster so.
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

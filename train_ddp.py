@@ -19,8 +19,8 @@ examples:
 #     nobody has to pass it to DDP or to the sampler.
 # backend: the library that carries their messages: gloo between CPUs, nccl between NVIDIA GPUs.
 # collective: an operation that all ranks must call, in the same order, as each waits for the
-#     others. A rank that takes one step more waits in vain, until utils.TIMEOUT. The docstring
-#     of a function that calls one begins with "Wait for all ranks".
+#     others. A rank that takes one step more waits in vain, until utils.TIMEOUT. If a function
+#     calls one, as train_epoch, evaluate and save do, all ranks must call that function, too.
 # all-reduce: the collective that overwrites a tensor of each rank by the sum of all of them.
 # broadcast: the collective that gives one rank's value to all.
 # all-gather: the collective that gives the values of all ranks to all.
@@ -35,7 +35,7 @@ examples:
 # 3. Wrap the model:                                  DistributedDataParallel(model)
 # 4. Deal the images out to the ranks:                ResumableSampler(train_set)
 # 5. Deal them out anew in each epoch:                sampler.set_epoch(epoch)
-# 6. Train, and add up the losses of all ranks:       train_epoch(...)
+# 6. Train and evaluate, add up what all ranks find:  train_epoch(...), evaluate(...)
 # 7. Rank 0 saves, and the others wait for it:        save(run)
 
 import copy
@@ -67,7 +67,8 @@ LABEL_SMOOTHING = 0.1
 # During this fraction of the training the learning rate rises; then it falls.
 WARM_UP = 0.2
 # After so many steps the ranks add up their losses, and learn whether one has been asked to stop.
-# torchrun asks ranks to stop, and kills them 30 s later: the steps and a save must take less.
+# torchrun asks ranks to stop, and kills them 30 s later: so many steps and a save, together, must
+# take less than that.
 SYNC_EVERY = 10
 # A line about steps is printed when this time has passed, however long a step takes.
 LOG_SECONDS = 5
@@ -105,10 +106,7 @@ class Run:
 
 @record  # Only for torchrun, which then shows the traceback of the rank that has failed first.
 def train(args: Namespace) -> int | None:
-    """Train as one rank; return the number of the first stop signal, or None without any.
-
-    utils.run_rank calls it. That also destroys the process group in the end.
-    """
+    """Train as one rank, called by utils.run_rank; return the number of a stop signal, or None."""
     # Step 1: join the other ranks. The launcher has started them; all run these same lines.
     device = utils.init_distributed()
     args = share_flags(args)
@@ -119,7 +117,7 @@ def train(args: Namespace) -> int | None:
     # Step 2: one rank of each machine downloads the data; then all of them read it.
     data_name, train_set, test_set = load_on_every_rank(args)
 
-    # As in a plain script. The seed makes a run repeatable; DDP copies rank 0's weights anyway.
+    # As in a plain script. (Equal weights would not need the seed, as DDP copies rank 0's.)
     torch.manual_seed(args.seed)
     model = build_model(train_set).to(device)
     if args.lr is None:
@@ -132,7 +130,8 @@ def train(args: Namespace) -> int | None:
 
     # Step 3: wrap the model. `ddp` has no copy of it: they share their weights. If a loss was
     # computed with `ddp`, loss.backward() also averages the gradients over the ranks.
-    # (With gradient_as_bucket_view, that needs less memory.)
+    # (DDP sends gradients in large tensors, its buckets. With gradient_as_bucket_view, a gradient
+    # is a part of its bucket, not a copy.)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     # Step 4: deal the images out. Each rank loads its own share of them.
@@ -157,8 +156,8 @@ def train(args: Namespace) -> int | None:
         # Whether `train_epoch` has ended early, or a signal has come since then.
         if any_rank(stop.is_requested()):
             print0(f"stopped; {path} has all progress: rerun to resume")
-            # The process will end by this signal, so that a shell sees that it was stopped. A
-            # rank that got none, as only another one did, takes SIGTERM.
+            # utils.run_rank ends the process by this signal, so that a shell sees that it was
+            # stopped. A rank that got none, as only another one did, takes SIGTERM.
             return stop.number or signal.SIGTERM
         evaluate_last_epoch(run, test_set)
     accuracy = run.progress.history[-1]["test_accuracy"]
@@ -214,16 +213,15 @@ def train_epoch(
     progress = run.progress
     # `evaluate` leaves the model in eval mode.
     ddp.train()
-    # The sum of this rank's losses since the last `add_up_losses`, and their number. A float64 can
-    # hold the sum of so few float32 numbers exactly, so it does not matter when they are added up:
-    # a save, or a stop, does not change the result.
+    # The sum of this rank's losses since the last `add_up_losses`, and their number. They are
+    # float64 so that nothing is rounded: then it does not matter when they are added up.
     own_sums = torch.zeros(2, dtype=torch.float64, device=run.device)
     # After a resume, the seconds of an earlier process count, too.
     started = time.monotonic() - progress.seconds
     for number, batch in enumerate(loader, start=1):
         if number == 1:
-            # Only so that a resumed training equals, to the last bit, one that never stopped. (In
-            # later epochs it changes nothing.)
+            # An extra backward pass, thrown away. Without it, all works, but a resumed training
+            # may differ in the last bit from one that was never stopped.
             settle_buckets(run, ddp, batch)
         # The last step of an epoch has fewer images. The sampler gives equally many to each rank.
         global_batch = min(args.batch_size * args.world_size, images_left(run))
@@ -235,11 +233,13 @@ def train_epoch(
 
         is_saving = args.save_every is not None and progress.step % args.save_every == 0
         is_last = images_left(run) == 0
-        # After batches 1, 11, 21 and so on of this call. All three conditions are the same on all
-        # ranks, as they have to be before a collective.
+        # After batches 1, 11, 21 and so on of this call; 1, because `report_step` needs a loss. All
+        # three conditions are the same on all ranks, as they have to be before a collective.
         if is_saving or is_last or (number - 1) % SYNC_EVERY == 0:
             add_up_losses(progress, own_sums)
             if any_rank(stop.is_requested()):
+                # After the last step, too: the next process finds no images left, and ends the
+                # epoch.
                 return
         if is_saving:
             save(run)
@@ -251,7 +251,7 @@ def train_step(run: Run, ddp: DistributedDataParallel, batch: Any) -> Tensor:
     """Take one step; return the sum of this rank's losses and their number, [2]."""
     loss_and_count = compute_gradients(run, ddp, batch)
     # The gradients are the same on all ranks now, and so will be the step.
-    # (Here is the place to clip them, without any communication.)
+    # (To clip the gradients, do it here.)
 
     run.optimizer.step()
     run.optimizer.zero_grad()
@@ -264,8 +264,9 @@ def compute_gradients(run: Run, ddp: DistributedDataParallel, batch: Any) -> Ten
     It is a function of its own because `settle_buckets` needs gradients without a step.
     """
     loss, is_right = compute_loss(ddp, batch, run.device)
-    # Here DDP averages each gradient over the ranks, as soon as it is computed. As their batches
-    # are equally large, in the last step too, that is the mean over all images.
+    # DDP has registered a function at each weight, by which autograd has it average the gradient
+    # over the ranks. As their batches are equally large, in the last step too, that is the mean
+    # over all images.
     loss.backward()
     # Both stay on the device: loss.item() would make the CPU wait for the GPU in each step.
     count = torch.full_like(loss, len(is_right))
@@ -278,8 +279,8 @@ def add_up_losses(progress: Progress, own_sums: Tensor) -> None:
     DDP averages gradients, never the loss: without this, rank 0 would report its own. Exits if
     the sum is not finite, or if the ranks had batches of different sizes.
     """
-    # From here on, the numbers are equal on all ranks, so either all of them exit, or none.
     dist.all_reduce(own_sums)
+    # From here on, the numbers are equal on all ranks, so either all of them exit, or none.
     loss_sum, count = own_sums.tolist()
     own_sums.zero_()
     if not math.isfinite(loss_sum):
@@ -287,6 +288,7 @@ def add_up_losses(progress: Progress, own_sums: Tensor) -> None:
         utils.exit_together(problem)
     progress.loss_sum += loss_sum
     progress.loss_count += int(count)
+    # images_done takes for granted that batches are equally large; loss_count was counted.
     if progress.loss_count != progress.images_done:
         numbers = f"{progress.loss_count} instead of {progress.images_done} images"
         utils.exit_together(f"{numbers}: the ranks need equally large batches")
@@ -294,13 +296,13 @@ def add_up_losses(progress: Progress, own_sums: Tensor) -> None:
 
 @torch.no_grad()
 def evaluate(run: Run, test_set: SizedDataset) -> dict[str, float]:
-    """Wait for all ranks; return test_loss (not smoothed) and test_accuracy of the test set."""
-    # The model itself, not `ddp`, whose forward pass may be a collective (it sends rank 0's
-    # batch norm statistics). A rank with one batch more than the others would wait in vain.
+    """Wait for all ranks; return test_loss and test_accuracy of the whole test set."""
+    # The model itself: the forward pass of `ddp` may be a collective, and a rank with one batch
+    # more than the others would wait in vain.
     model = run.model
     model.eval()
-    # A model of your own may have a batch norm. Its statistics, which are buffers, differ from
-    # rank to rank. Those of rank 0 count, as they are the ones in the checkpoint.
+    # ConvNet has no buffers, so this does nothing. A batch norm has: its statistics, which each
+    # rank has taken from its own images. All evaluate with rank 0's, which the checkpoint has.
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
     # Each image is used once. A DistributedSampler would repeat images until the ranks' shares
@@ -320,7 +322,7 @@ def evaluate(run: Run, test_set: SizedDataset) -> dict[str, float]:
 
 
 def evaluate_last_epoch(run: Run, test_set: SizedDataset) -> None:
-    """Evaluate after an epoch, save again, with the results, and print them.
+    """Evaluate after an epoch, save under the same name again, with the results; print them.
 
     Does nothing if there is no epoch yet, or if it has been evaluated already.
     """
@@ -432,13 +434,13 @@ def default_learning_rate(args: Namespace, train_size: int) -> float:
 def settle_buckets(run: Run, ddp: DistributedDataParallel, batch: Any) -> None:
     """Compute gradients and throw them away, so that DDP learns in which order they come.
 
-    DDP sends gradients in large tensors, its buckets. After the first backward pass of a process,
-    it sorts the gradients into other buckets, in which the ranks' numbers are added up in another
-    order. Then the last bit may differ, as (a + b) + c may differ from a + (b + c). So no step,
-    neither of a new nor of a resumed process, should be taken with the first buckets.
+    After the first backward pass of a process, DDP sorts the gradients into other buckets. The
+    place of a number in its bucket decides at which rank its sum begins, and the last bit of
+    (a + b) + c may differ from that of a + (b + c). So no step, neither of a new nor of a resumed
+    process, should be taken with the first buckets. (Later passes do not change the buckets.)
     """
     buffers = [buffer.clone() for buffer in run.model.buffers()]
-    # The model may change its input in place, and the batch is needed once more.
+    # A model of your own may change its input in place, and the batch is needed once more.
     compute_gradients(run, ddp, copy.deepcopy(batch))
     run.optimizer.zero_grad()
     # A batch norm, for example, has taken the batch into its statistics.
@@ -483,10 +485,11 @@ def checkpoint_of(run: Run) -> dict[str, Any]:
 
 
 def weight_names(run: Run) -> list[str | None]:
-    """Return the names of the weights, in the order in which the optimizer keeps its state.
+    """Return the names of the weights, in the order in which the optimizer numbers them.
 
-    The name is None if a weight of the optimizer is not one of the model.
+    If number 3, say, is not the same weight as before, it would get another one's state.
     """
+    # A tensor as a key stands for itself, not for its numbers.
     names = {weight: name for name, weight in run.model.named_parameters()}
     groups = run.optimizer.param_groups
     return [names.get(weight) for group in groups for weight in group["params"]]
@@ -527,7 +530,8 @@ def load_checkpoint(run: Run, path: Path, saved: dict[str, Any]) -> None:
     try:
         compare_with_saved(run, saved)
         run.model.load_state_dict(saved["model"])
-        # Only the state is loaded: a weight decay, say, that you have changed in the code counts.
+        # Only the state is loaded. The other entry, "param_groups", stays as it is in the code, so
+        # a weight decay, say, that you have changed there counts.
         state = {"state": saved["optimizer"]["state"]}
         run.optimizer.load_state_dict(run.optimizer.state_dict() | state)
         run.progress = Progress(**saved["progress"])
@@ -544,7 +548,6 @@ def compare_with_saved(run: Run, saved: dict[str, Any]) -> None:
     for name in "seed", "data":
         if before[name] != now[name]:
             raise ValueError(f"it has {name} {before[name]}, this run has {now[name]}")
-    # Otherwise the optimizer would take the state of one weight for that of another.
     if saved["weight_names"] != weight_names(run):
         problem = "the optimizer has other weights, or has them in another order"
         raise ValueError(problem)
@@ -586,7 +589,7 @@ def report_step(run: Run) -> None:
     )
     steps_left = math.ceil(images_left(run) / global_batch)
     steps_left += (run.args.epochs - progress.epoch - 1) * steps_per_epoch
-    # Up to the last sum of all ranks.
+    # The loss is as of the last `add_up_losses`.
     loss = progress.loss_sum / progress.loss_count
     images_per_second = progress.images_done / progress.seconds
     time_left = timedelta(seconds=round(steps_left * global_batch / images_per_second))

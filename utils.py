@@ -35,8 +35,8 @@ def init_distributed() -> torch.device:
     """
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank())
-        # The group has two backends: nccl sends what is on a GPU, and gloo what is not, such
-        # as the Python objects of `gather`.
+        # The group has two backends: nccl sends tensors on a GPU, and gloo those on the CPU, such
+        # as the ones into which torch puts the Python objects of `gather`.
         backend = "cpu:gloo,cuda:nccl"
     else:
         device = torch.device("cpu")
@@ -108,6 +108,7 @@ def broadcast(item: Any, source: int = 0) -> Any:
 
 def any_rank(condition: bool) -> bool:
     """Wait for all ranks; return whether the condition is true on any of them."""
+    # On the CPU: gloo sends it, and nobody has to wait for a GPU.
     count = torch.tensor(int(condition))
     dist.all_reduce(count)
     return count.item() > 0
@@ -151,6 +152,10 @@ def exit_together(problem: str) -> NoReturn:
 # ================================================================ hardening
 # Nothing below is needed to understand DDP. It keeps a process fast and its results repeatable,
 # checkpoints whole, and it has processes start and end in order.
+#
+# A process can handle a signal by a function of its own, which Python calls with the number of the
+# signal and the current frame; it can ignore it (SIG_IGN); or it can leave it to the system
+# (SIG_DFL), which ends the process.
 
 # ---------------------------------------------------------------- setting up a process
 
@@ -160,18 +165,18 @@ def prepare_process(device: torch.device) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # When torchrun is killed, Linux sends this process SIGTERM. Otherwise it would train on.
         mp._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
-    # With & in a script, for example, programs are started with SIGINT ignored. It stays so.
+    # A command that ends with & in a script is started with SIGINT ignored, and goes on ignoring it.
     if has_launcher() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        # Until there is something to save, Ctrl-C ends this process at once. Python's own
-        # handler would have to wait while C++ code waits for other ranks.
+        # Until there is something to save, Ctrl-C ends this process at once. Python would call its
+        # own handler only when C++ code has done waiting for other ranks.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not os.environ.get("OMP_NUM_THREADS"):
         # One thread per rank: several would wait for one another in busy loops, and starve as
         # soon as anything else runs on the machine. To use more cores, start more ranks.
         torch.set_num_threads(1)
     if is_single_machine():
-        # Only this machine may connect. gloo would listen at the address of the host name,
-        # where others could reach it; without such an address it would warn.
+        # Only this machine may connect, by the network interface that leads back to it. gloo would
+        # listen at the address of the host name, where others could reach it.
         loopback = "lo" if sys.platform == "linux" else "lo0"
         os.environ["GLOO_SOCKET_IFNAME"] = loopback
         os.environ["NCCL_SOCKET_IFNAME"] = loopback
@@ -185,7 +190,7 @@ def prepare_cpu() -> None:
     """Have Linux schedule the threads of this process so that gloo is fast.
 
     Otherwise gloo's receiving thread pushes its sending thread off the core while that holds a
-    lock, and training with two ranks on two cores takes half as long again.
+    lock, and training with two ranks on two cores takes 1.5 times as long.
     """
     # macOS lacks the call, and a sandbox may refuse it.
     with contextlib.suppress(AttributeError, OSError):
@@ -258,6 +263,7 @@ def lock_folder(folder: Path) -> None:
             # some seconds after its rank was killed.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            # Another process has the lock. (This is an OSError, too, so it has to come first.)
             problem = f"another run uses {folder}"
             raise SystemExit(f"{problem}: choose another --checkpoint_dir")
         except OSError:
@@ -289,7 +295,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def save_checkpoint(path: Path, state: dict[str, Any], keep: int) -> None:
     """Write a checkpoint, then delete all but the `keep` newest; raises SystemExit."""
-    # The newest comes first. (Newer ones than this may be left from a run with other flags.)
+    # The newest comes first.
     checkpoints = sorted(path.parent.glob(CHECKPOINT_PATTERN), reverse=True)
     older = [checkpoint for checkpoint in checkpoints if checkpoint.name < path.name]
     buffer = io.BytesIO()
@@ -390,8 +396,8 @@ def catch_stop_signals() -> StopRequest:
 def ignore_stop_signals(worker_id: int) -> None:
     """Leave it to the rank to stop, in one of its loader workers.
 
-    Launchers send signals to whole process groups. A loader worker that died of one would
-    take its rank down with an exception, before that could save.
+    Terminals and launchers send a signal to a rank and to its workers. A worker that died of it
+    would take its rank down with an exception, before that could save.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -410,6 +416,7 @@ def die_of(number: int) -> NoReturn:
         # Without our own handler, the signal ends this process.
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
+    # In a notebook, this is what a shell would report.
     sys.exit(128 + number)
 
 
@@ -417,7 +424,10 @@ def die_of(number: int) -> NoReturn:
 
 
 def run_rank(train: Callable[[Any], int | None], args: Any) -> None:
-    """Call train(args) in this process. If a signal has stopped it, end by that signal."""
+    """Call train(args) in this process. If a signal has stopped it, end by that signal.
+
+    SystemExit, by which `exit_together` ends a process, is no Exception and just passes through.
+    """
     try:
         number = train(args)
     except KeyboardInterrupt:  # The second Ctrl-C.
@@ -445,6 +455,7 @@ def launch(train: Callable[[Any], int | None], args: Any, world_size: int) -> No
     stop = catch_stop_signals()
     # The ranks meet in a file. A port could be taken, or be reached by others.
     with tempfile.TemporaryDirectory(prefix="train_ddp-") as folder:
+        # In each process, mp.spawn calls run_spawned_rank(rank, *arguments).
         arguments = (train, args, world_size, f"file://{folder}/store")
         # The terminal sends Ctrl-C to the ranks, too. They inherit that it is ignored, and leave
         # it to this process, which asks them to stop by SIGTERM.
@@ -469,6 +480,8 @@ def wait_for_ranks(context: mp.ProcessContext, stop: StopRequest) -> None:
     """
     have_been_asked = False
     try:
+        # `join` returns True when all have ended. It raises if one has failed, after it has ended
+        # the others.
         while not context.join(timeout=0.1, grace_period=3):
             if stop.is_requested() and not have_been_asked:
                 have_been_asked = True
