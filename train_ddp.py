@@ -101,6 +101,7 @@ class Run:
     model: nn.Module  # The model itself, not wrapped in DDP.
     optimizer: Optimizer
     progress: Progress = field(default_factory=Progress)
+    buckets_are_settled: bool = False  # See `settle_buckets`.
     next_line: float = 0.0  # See `print_at_times`.
 
 
@@ -219,9 +220,9 @@ def train_epoch(
     # After a resume, the seconds of an earlier process count, too.
     started = time.monotonic() - progress.seconds
     for number, batch in enumerate(loader, start=1):
-        if number == 1:
-            # An extra backward pass, thrown away. Without it, all works, but a resumed training
-            # may differ in the last bit from one that was never stopped.
+        if not run.buckets_are_settled:
+            # Once, an extra backward pass, thrown away. Without it, all works, but a resumed
+            # training may differ in the last bit from one that was never stopped.
             settle_buckets(run, ddp, batch)
         # The last step of an epoch has fewer images. The sampler gives equally many to each rank.
         global_batch = min(args.batch_size * args.world_size, images_left(run))
@@ -437,7 +438,7 @@ def settle_buckets(run: Run, ddp: DistributedDataParallel, batch: Any) -> None:
     After the first backward pass of a process, DDP sorts the gradients into other buckets. The
     place of a number in its bucket decides at which rank its sum begins, and the last bit of
     (a + b) + c may differ from that of a + (b + c). So no step, neither of a new nor of a resumed
-    process, should be taken with the first buckets. (Later passes do not change the buckets.)
+    process, should be taken with the first buckets.
     """
     buffers = [buffer.clone() for buffer in run.model.buffers()]
     # A model of your own may change its input in place, and the batch is needed once more.
@@ -447,6 +448,7 @@ def settle_buckets(run: Run, ddp: DistributedDataParallel, batch: Any) -> None:
     with torch.no_grad():
         for buffer, before in zip(run.model.buffers(), buffers):
             buffer.copy_(before)
+    run.buckets_are_settled = True
 
 
 # ---------------------------------------------------------------- saving and resuming
