@@ -46,14 +46,13 @@ def load_data(
     - Items may be anything that `compute_loss` in train_ddp.py understands. Here an item is an
       image and the number of its class, an int.
     - The numbers of classes must be the same in each process and in both sets. Sort the names
-      of the classes: a `set` of them has another order in each process.
+      of the classes: a `set` of strings has another order in each process.
     - If items change at random, the training set needs a `set_epoch`, as `Digits` has it.
     - If you split one data set in two, do it with `seed`, which all ranks share.
     - First, one rank of each machine calls this function, with download=True. When that is done,
       the others call it with False. They wait for utils.TIMEOUT at most.
     """
-    # torchvision takes as long to import as torch. The process that only starts the ranks, in
-    # utils.launch, does not need it.
+    # Not above: it is slow to import, and the process that only starts the ranks does not need it.
     from torchvision import datasets  # type: ignore[import-untyped]
 
     dataset = getattr(datasets, DATASET)
@@ -73,7 +72,7 @@ def load_data(
 
 
 def has_all_files(data_dir: Path) -> bool:
-    """Return whether the four files of images and labels are where torchvision looks for them."""
+    """Return whether the four files are where torchvision looks for them."""
     raw = data_dir / DATASET / "raw"
     return len(list(raw.glob("*-ubyte"))) == 4
 
@@ -84,13 +83,14 @@ def download_files(dataset: Any, data_dir: Path) -> None:
     socket.setdefaulttimeout(10)
     try:
         dataset(data_dir, download=True)
-    # torchvision raises RuntimeError if no mirror works, or if a proxy answers with its own page.
+    # torchvision raises RuntimeError if no mirror works.
     except (RuntimeError, OSError, HTTPException) as error:
         reason = str(error).partition("\n")[0]
+        raw = data_dir / DATASET / "raw"
         utils.warn(
             f"{DATASET} could not be downloaded ({reason}).\n"
             "This uses THE BUNDLED SAMPLE of 10,000 digits of MNIST, which is less accurate.\n"
-            f"For all, rerun with a network, or put its four files into {data_dir / DATASET / 'raw'}"
+            f"For all, rerun with a network, or put its four files into {raw}"
         )
     finally:
         socket.setdefaulttimeout(None)
@@ -148,8 +148,8 @@ class ResumableSampler(DistributedSampler):
         rank 0 takes  7 6
         rank 1 takes  2 4
 
-    A script of your own that never resumes can use DistributedSampler itself. Here, that provides
-    seed and epoch; and rank and num_replicas (the world size), from the process group.
+    A script of your own that never resumes can use DistributedSampler itself. It has self.seed
+    and self.epoch; and self.rank and self.num_replicas (the world size), from the process group.
     """
 
     dataset: SizedDataset  # This says to type checkers that it has a length.
@@ -180,8 +180,7 @@ def make_loader(
     New workers are started for each epoch: persistent_workers would keep their copy of the
     data set, which never sees what `set_epoch` changes.
     """
-    # With "fork", a worker begins as a copy of its rank. Otherwise, as on systems where that is not
-    # safe, it is a new Python, which imports torch for seconds.
+    # A worker that is a copy of its rank ("fork") starts faster, but this is safe on Linux only.
     forks = LOADER_WORKERS > 0 and sys.platform == "linux"
     return DataLoader(
         dataset,

@@ -22,8 +22,8 @@ examples:
 #     others. A rank that takes one step more waits in vain, until utils.TIMEOUT. If a function
 #     calls one, as train_epoch, evaluate and save do, all ranks must call that function, too.
 # all-reduce: the collective that overwrites a tensor of each rank by the sum of all of them.
-# broadcast: the collective that gives one rank's value to all.
-# all-gather: the collective that gives the values of all ranks to all.
+# broadcast: the collective that gives one rank's value to all (utils.broadcast).
+# all-gather: the collective that gives the values of all ranks to all (utils.gather).
 # barrier: the collective that only waits.
 # DDP: DistributedDataParallel, which all-reduces gradients, and divides them by the world size.
 # signal: a message of the system to a process: SIGINT after Ctrl-C, SIGTERM as a request to end.
@@ -66,9 +66,8 @@ from utils import any_rank, broadcast, call_on, gather, print0
 LABEL_SMOOTHING = 0.1
 # During this fraction of the training the learning rate rises; then it falls.
 WARM_UP = 0.2
-# After so many steps the ranks add up their losses, and learn whether one has been asked to stop.
-# torchrun asks ranks to stop, and kills them 30 s later: so many steps and a save, together, must
-# take less than that.
+# Every SYNC_EVERY steps the ranks add up their losses, and learn whether one has been asked to
+# stop. torchrun kills a rank 30 s after it has asked: these steps and a save must take less.
 SYNC_EVERY = 10
 # A line about steps is printed when this time has passed, however long a step takes.
 LOG_SECONDS = 5
@@ -84,7 +83,8 @@ class Progress:
     images_done: int = 0
     step: int = 0  # How many optimizer steps have been taken since the start.
     seconds: float = 0.0  # How long the current epoch has been trained.
-    # The sum and the number of the current epoch's losses, as far as added up.
+    # The sum of the losses of single images in this epoch, and the number of these images; of all
+    # ranks, as of the last `add_up_losses`.
     loss_sum: float = 0.0
     loss_count: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # A record per epoch.
@@ -112,13 +112,14 @@ def train(args: Namespace) -> int | None:
     device = utils.init_distributed()
     args = share_flags(args)
     # call_on(is_chosen, function, argument): ranks for which is_chosen is true call the function,
-    # the others wait for them. Here rank 0 makes sure that no other run uses the folder.
+    # the others wait for them, and all exit if it fails. Here rank 0 makes sure that no other run
+    # uses the folder.
     call_on(dist.get_rank() == 0, utils.lock_folder, args.checkpoint_dir)
 
     # Step 2: one rank of each machine downloads the data; then all of them read it.
     data_name, train_set, test_set = load_on_every_rank(args)
 
-    # As in a plain script. (Equal weights would not need the seed, as DDP copies rank 0's.)
+    # As in a plain script.
     torch.manual_seed(args.seed)
     model = build_model(train_set).to(device)
     if args.lr is None:
@@ -129,10 +130,9 @@ def train(args: Namespace) -> int | None:
     resumed_from = resume(run)
     report_start(run, resumed_from)
 
-    # Step 3: wrap the model. `ddp` has no copy of it: they share their weights. If a loss was
-    # computed with `ddp`, loss.backward() also averages the gradients over the ranks.
-    # (DDP sends gradients in large tensors, its buckets. With gradient_as_bucket_view, a gradient
-    # is a part of its bucket, not a copy.)
+    # Step 3: wrap the model. This sends rank 0's weights to all ranks. `ddp` shares the weights of
+    # `model`, which the optimizer has. If a loss was computed with `ddp`, loss.backward() also
+    # averages the gradients over the ranks. (gradient_as_bucket_view only saves memory.)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     # Step 4: deal the images out. Each rank loads its own share of them.
@@ -154,15 +154,16 @@ def train(args: Namespace) -> int | None:
         train_epoch(run, ddp, loader, stop)
         # Step 7: rank 0 saves, before the evaluation, which may fail or take long.
         path = save(run)
-        # Whether `train_epoch` has ended early, or a signal has come since then.
+        # True if `train_epoch` has ended early, or if a signal has come since then.
         if any_rank(stop.is_requested()):
             print0(f"stopped; {path} has all progress: rerun to resume")
-            # utils.run_rank ends the process by this signal, so that a shell sees that it was
-            # stopped. A rank that got none, as only another one did, takes SIGTERM.
+            # utils.run_rank ends the process by this signal. If only another rank got one, this
+            # rank ends by SIGTERM.
             return stop.number or signal.SIGTERM
         evaluate_last_epoch(run, test_set)
     accuracy = run.progress.history[-1]["test_accuracy"]
     print0(f"finished   {run.progress.epoch} epochs, test accuracy {accuracy:.2%}")
+    # A signal may have come in the last evaluation.
     return stop.number
 
 
@@ -214,16 +215,14 @@ def train_epoch(
     progress = run.progress
     # `evaluate` leaves the model in eval mode.
     ddp.train()
-    # The sum of this rank's losses since the last `add_up_losses`, and their number. They are
-    # float64 so that nothing is rounded: then it does not matter when they are added up.
+    # The sum of the losses of this rank's images since the last `add_up_losses`, and the number of
+    # these images. (A float64 has so many digits that it does not matter when they are added up.)
     own_sums = torch.zeros(2, dtype=torch.float64, device=run.device)
     # After a resume, the seconds of an earlier process count, too.
     started = time.monotonic() - progress.seconds
     for number, batch in enumerate(loader, start=1):
-        if not run.buckets_are_settled:
-            # Once, an extra backward pass, thrown away. Without it, all works, but a resumed
-            # training may differ in the last bit from one that was never stopped.
-            settle_buckets(run, ddp, batch)
+        # DDP does not need this. Only for a resume that is exact to the last bit.
+        settle_buckets(run, ddp, batch)
         # The last step of an epoch has fewer images. The sampler gives equally many to each rank.
         global_batch = min(args.batch_size * args.world_size, images_left(run))
         set_learning_rate(run, global_batch)
@@ -234,13 +233,12 @@ def train_epoch(
 
         is_saving = args.save_every is not None and progress.step % args.save_every == 0
         is_last = images_left(run) == 0
-        # After batches 1, 11, 21 and so on of this call; 1, because `report_step` needs a loss. All
-        # three conditions are the same on all ranks, as they have to be before a collective.
+        # After batches 1, 11, 21 and so on: `report_step` needs a loss from the first one on. The
+        # conditions are the same on all ranks, as they have to be before a collective.
         if is_saving or is_last or (number - 1) % SYNC_EVERY == 0:
             add_up_losses(progress, own_sums)
-            if any_rank(stop.is_requested()):
-                # After the last step, too: the next process finds no images left, and ends the
-                # epoch.
+            # After the last step, `train` asks this.
+            if not is_last and any_rank(stop.is_requested()):
                 return
         if is_saving:
             save(run)
@@ -249,7 +247,7 @@ def train_epoch(
 
 
 def train_step(run: Run, ddp: DistributedDataParallel, batch: Any) -> Tensor:
-    """Take one step; return the sum of this rank's losses and their number, [2]."""
+    """Take one step; return the sum of the losses of this rank's images, and their number, [2]."""
     loss_and_count = compute_gradients(run, ddp, batch)
     # The gradients are the same on all ranks now, and so will be the step.
     # (To clip the gradients, do it here.)
@@ -260,16 +258,14 @@ def train_step(run: Run, ddp: DistributedDataParallel, batch: Any) -> Tensor:
 
 
 def compute_gradients(run: Run, ddp: DistributedDataParallel, batch: Any) -> Tensor:
-    """Compute gradients; return the sum of this rank's losses and their number, [2].
-
-    It is a function of its own because `settle_buckets` needs gradients without a step.
-    """
+    """Compute gradients without a step; return what `train_step` returns."""
     loss, is_right = compute_loss(ddp, batch, run.device)
-    # DDP has registered a function at each weight, by which autograd has it average the gradient
-    # over the ranks. As their batches are equally large, in the last step too, that is the mean
-    # over all images.
+    # While this runs, DDP gets the gradient of each weight as soon as it is computed, and averages
+    # it over the ranks. As their batches are equally large, in the last step too, that is the
+    # mean over all images.
     loss.backward()
-    # Both stay on the device: loss.item() would make the CPU wait for the GPU in each step.
+    # The loss is a mean; times the count, it is the sum. Both stay on the device: loss.item() would
+    # make the CPU wait for the GPU in each step.
     count = torch.full_like(loss, len(is_right))
     return torch.stack([loss.detach() * count, count])
 
@@ -285,11 +281,10 @@ def add_up_losses(progress: Progress, own_sums: Tensor) -> None:
     loss_sum, count = own_sums.tolist()
     own_sums.zero_()
     if not math.isfinite(loss_sum):
-        problem = f"the loss is {loss_sum} by step {progress.step}: lower --lr"
+        problem = f"the loss is {loss_sum} at step {progress.step}: lower --lr"
         utils.exit_together(problem)
     progress.loss_sum += loss_sum
     progress.loss_count += int(count)
-    # images_done takes for granted that batches are equally large; loss_count was counted.
     if progress.loss_count != progress.images_done:
         numbers = f"{progress.loss_count} instead of {progress.images_done} images"
         utils.exit_together(f"{numbers}: the ranks need equally large batches")
@@ -298,12 +293,12 @@ def add_up_losses(progress: Progress, own_sums: Tensor) -> None:
 @torch.no_grad()
 def evaluate(run: Run, test_set: SizedDataset) -> dict[str, float]:
     """Wait for all ranks; return test_loss and test_accuracy of the whole test set."""
-    # The model itself: the forward pass of `ddp` may be a collective, and a rank with one batch
-    # more than the others would wait in vain.
+    # Not `ddp`: if a model has buffers, such as the statistics of a batch norm, the forward pass of
+    # `ddp` broadcasts them, and a rank with one batch more than the others would wait in vain.
     model = run.model
     model.eval()
-    # ConvNet has no buffers, so this does nothing. A batch norm has: its statistics, which each
-    # rank has taken from its own images. All evaluate with rank 0's, which the checkpoint has.
+    # Each rank has taken such statistics from its own images. All evaluate with rank 0's, which
+    # the checkpoint has. (ConvNet has none.)
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
     # Each image is used once. A DistributedSampler would repeat images until the ranks' shares
@@ -323,7 +318,7 @@ def evaluate(run: Run, test_set: SizedDataset) -> dict[str, float]:
 
 
 def evaluate_last_epoch(run: Run, test_set: SizedDataset) -> None:
-    """Evaluate after an epoch, save under the same name again, with the results; print them.
+    """Evaluate after an epoch, save again, under the same name, with the results; print them.
 
     Does nothing if there is no epoch yet, or if it has been evaluated already.
     """
@@ -371,8 +366,7 @@ def set_learning_rate(run: Run, global_batch: int) -> None:
     """Set the learning rates of the next step: each group's own peak, times one factor.
 
     The factor follows from the number of images seen, so there is no scheduler to save and
-    restore. It rises to 1 and falls to 0: after 10% of the training it is 0.5, after 20% it is
-    1, after 60% it is 0.5 again.
+    restore. It rises to 1, and then falls to 0.
     """
     progress = run.progress
     images_seen = progress.epoch * run.train_size + progress.images_done
@@ -383,7 +377,7 @@ def set_learning_rate(run: Run, global_batch: int) -> None:
     falling = (1 - fraction_done) / (1 - WARM_UP)
     factor = min(rising, falling)
     for group in run.optimizer.param_groups:
-        # Before the first step, the rate is the one with which the group was built.
+        # The first call keeps the rate with which the group was built; later ones find it.
         peak = group.setdefault("initial_lr", group["lr"])
         group["lr"] = peak * factor
 
@@ -433,15 +427,17 @@ def default_learning_rate(args: Namespace, train_size: int) -> float:
 
 
 def settle_buckets(run: Run, ddp: DistributedDataParallel, batch: Any) -> None:
-    """Compute gradients and throw them away, so that DDP learns in which order they come.
+    """Once in a process, compute gradients and throw them away.
 
-    After the first backward pass of a process, DDP sorts the gradients into other buckets. The
-    place of a number in its bucket decides at which rank its sum begins, and the last bit of
-    (a + b) + c may differ from that of a + (b + c). So no step, neither of a new nor of a resumed
-    process, should be taken with the first buckets.
+    DDP packs gradients into large tensors, its buckets, and packs them differently after the
+    first backward pass of a process. The packing decides in which order the ranks' numbers are
+    added up, and (a + b) + c may differ from a + (b + c) in the last bit. So the first step of a
+    resumed process could differ from the same step of one that was never stopped.
     """
+    if run.buckets_are_settled:
+        return
     buffers = [buffer.clone() for buffer in run.model.buffers()]
-    # A model of your own may change its input in place, and the batch is needed once more.
+    # A model may change its input in place, and the batch is needed once more.
     compute_gradients(run, ddp, copy.deepcopy(batch))
     run.optimizer.zero_grad()
     # A batch norm, for example, has taken the batch into its statistics.
@@ -487,11 +483,11 @@ def checkpoint_of(run: Run) -> dict[str, Any]:
 
 
 def weight_names(run: Run) -> list[str | None]:
-    """Return the names of the weights, in the order in which the optimizer numbers them.
+    """Return the names of the weights, in the order in which the optimizer has them.
 
-    If number 3, say, is not the same weight as before, it would get another one's state.
+    It saves the state of each without its name. In another order, a weight would get that of
+    another one.
     """
-    # A tensor as a key stands for itself, not for its numbers.
     names = {weight: name for name, weight in run.model.named_parameters()}
     groups = run.optimizer.param_groups
     return [names.get(weight) for group in groups for weight in group["params"]]
@@ -521,6 +517,7 @@ def resume(run: Run) -> Path | None:
         return None
     # The rank that has the newest checkpoint sends it to all.
     saved = broadcast(saved, source=names.index(newest))
+    # On some machines this file does not exist.
     path = folder / newest
     # All ranks load it. With call_on, all exit if one of them cannot.
     call_on(True, load_checkpoint, run, path, saved)
@@ -533,7 +530,7 @@ def load_checkpoint(run: Run, path: Path, saved: dict[str, Any]) -> None:
         compare_with_saved(run, saved)
         run.model.load_state_dict(saved["model"])
         # Only the state is loaded. The other entry, "param_groups", stays as it is in the code, so
-        # a weight decay, say, that you have changed there counts.
+        # a weight decay that you have changed counts.
         state = {"state": saved["optimizer"]["state"]}
         run.optimizer.load_state_dict(run.optimizer.state_dict() | state)
         run.progress = Progress(**saved["progress"])
@@ -583,7 +580,7 @@ def print_at_times(run: Run, text: str) -> None:
 
 
 def report_step(run: Run) -> None:
-    """Report steps, train loss, speed and the time left; at times, not after each step."""
+    """Report steps, train loss, speed and the time left, at times."""
     progress = run.progress
     global_batch = run.args.batch_size * run.args.world_size
     steps_per_epoch = math.ceil(
@@ -619,7 +616,7 @@ def parse_args() -> Namespace:
     # The default: what the launcher has started, or one rank for each GPU.
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     world_size = int(os.environ.get("WORLD_SIZE", max(gpus, 1)))
-    # Without a usage text, a wrong flag gets one line, not eight.
+    # Without a usage text, a wrong flag gets one line.
     parser = ArgumentParser(
         usage=SUPPRESS, description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )

@@ -19,8 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# How long a rank waits for the others before it gives up. gloo's own default, half an hour,
-# would let one frozen process block the whole job for that long.
+# How long a rank waits for the others before it gives up.
 TIMEOUT = timedelta(minutes=10)
 
 
@@ -35,8 +34,7 @@ def init_distributed() -> torch.device:
     """
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank())
-        # The group has two backends: nccl sends tensors on a GPU, and gloo those on the CPU, such
-        # as the ones into which torch puts the Python objects of `gather`.
+        # nccl sends tensors that are on a GPU; gloo those on the CPU, and Python objects.
         backend = "cpu:gloo,cuda:nccl"
     else:
         device = torch.device("cpu")
@@ -55,7 +53,7 @@ def init_distributed() -> torch.device:
         rank=rank,
         world_size=world_size,
         timeout=TIMEOUT,
-        # With device_id, nccl connects at once, instead of at the first message.
+        # With it, nccl connects here, where a failure is easy to understand.
         device_id=device if device.type == "cuda" else None,
     )
     return device
@@ -163,16 +161,17 @@ def exit_together(problem: str) -> NoReturn:
 def prepare_process(device: torch.device) -> None:
     """Set up signals, threads, network and device of a rank."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # When torchrun is killed, Linux sends this process SIGTERM. Otherwise it would train on.
+        # When its parent, torchrun, is killed, Linux shall send this process SIGTERM. Otherwise it
+        # would train on.
         mp._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
-    # A command that ends with & in a script is started with SIGINT ignored, and goes on ignoring it.
+    # A command with & at its end, in a script, is started with SIGINT ignored. It stays ignored.
     if has_launcher() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        # Until there is something to save, Ctrl-C ends this process at once. Python would call its
-        # own handler only when C++ code has done waiting for other ranks.
+        # Until there is something to save, Ctrl-C ends this process at once. Python's own handler
+        # runs between lines of Python, so not while C++ waits for other ranks.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not os.environ.get("OMP_NUM_THREADS"):
-        # One thread per rank: several would wait for one another in busy loops, and starve as
-        # soon as anything else runs on the machine. To use more cores, start more ranks.
+        # One thread per rank. Several would waste cores by waiting for one another. To use more
+        # cores, start more ranks.
         torch.set_num_threads(1)
     if is_single_machine():
         # Only this machine may connect, by the network interface that leads back to it. gloo would
@@ -189,8 +188,7 @@ def prepare_process(device: torch.device) -> None:
 def prepare_cpu() -> None:
     """Have Linux schedule the threads of this process so that gloo is fast.
 
-    Otherwise gloo's receiving thread pushes its sending thread off the core while that holds a
-    lock, and training with two ranks on two cores takes 1.5 times as long.
+    Otherwise they interrupt one another, and two ranks on two cores take 1.5 times as long.
     """
     # macOS lacks the call, and a sandbox may refuse it.
     with contextlib.suppress(AttributeError, OSError):
@@ -218,28 +216,33 @@ def is_single_machine() -> bool:
 
 
 def open_store() -> tuple[dist.Store, int, int]:
-    """Return the store in which ranks find one another's addresses, the rank, the world size."""
+    """Return the store, the rank and the world size, as the launcher has set them."""
     if not has_launcher():
+        # One rank alone has the store in its own memory.
         return dist.HashStore(), 0, 1
-    # All that follows, but for rendezvous, is about restarts: torchrun can start the ranks anew
-    # after a failure, with the same store, which still has the addresses of dead ones.
+    refuse_unsafe_restarts()
+    # "env://" means MASTER_ADDR and MASTER_PORT, which torchrun sets. `launch` sets a file instead.
+    init_method = os.environ.get("TRAIN_DDP_STORE", "env://")
+    # rendezvous is a generator, but has one item only.
+    store, rank, world_size = next(dist.rendezvous(init_method, timeout=TIMEOUT))
+    if is_single_machine():
+        # After each restart by torchrun, the ranks use other keys, so that they do not find the
+        # addresses of dead ones. (Several machines may count restarts differently, see
+        # github.com/pytorch/pytorch/issues/135712.)
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(restarts, store)
+    store.set_timeout(TIMEOUT)
+    return store, rank, world_size
+
+
+def refuse_unsafe_restarts() -> None:
+    """Exit if torchrun would restart the ranks of several machines with one and the same store."""
     keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     can_restart = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if keeps_store and can_restart and not is_single_machine():
         fix = "--rdzv_backend=c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
         problem = f"error: --max-restarts on several machines needs {fix}"
         sys.exit(problem if local_rank() == 0 else 1)
-    # `launch` sets TRAIN_DDP_STORE. Other launchers set MASTER_ADDR and MASTER_PORT, which env://
-    # stands for.
-    init_method = os.environ.get("TRAIN_DDP_STORE", "env://")
-    store, rank, world_size = next(dist.rendezvous(init_method, timeout=TIMEOUT))
-    if is_single_machine():
-        # After each restart, the ranks use other keys. Several machines may count restarts
-        # differently (github.com/pytorch/pytorch/issues/135712).
-        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(restarts, store)
-    store.set_timeout(TIMEOUT)
-    return store, rank, world_size
 
 
 # ---------------------------------------------------------------- checkpoint files
@@ -259,11 +262,10 @@ def lock_folder(folder: Path) -> None:
         # file stays open, as to close it would end the lock.
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            # Not flock: a loader worker would inherit its lock, and keep the folder locked for
-            # some seconds after its rank was killed.
+            # Not flock, whose lock would be inherited by loader workers: they can outlive a rank
+            # that was killed.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            # Another process has the lock. (This is an OSError, too, so it has to come first.)
             problem = f"another run uses {folder}"
             raise SystemExit(f"{problem}: choose another --checkpoint_dir")
         except OSError:
@@ -295,7 +297,6 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def save_checkpoint(path: Path, state: dict[str, Any], keep: int) -> None:
     """Write a checkpoint, then delete all but the `keep` newest; raises SystemExit."""
-    # The newest comes first.
     checkpoints = sorted(path.parent.glob(CHECKPOINT_PATTERN), reverse=True)
     older = [checkpoint for checkpoint in checkpoints if checkpoint.name < path.name]
     buffer = io.BytesIO()
@@ -416,7 +417,6 @@ def die_of(number: int) -> NoReturn:
         # Without our own handler, the signal ends this process.
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
-    # In a notebook, this is what a shell would report.
     sys.exit(128 + number)
 
 
@@ -430,12 +430,13 @@ def run_rank(train: Callable[[Any], int | None], args: Any) -> None:
     """
     try:
         number = train(args)
-    except KeyboardInterrupt:  # The second Ctrl-C.
+    except KeyboardInterrupt:
+        # The second Ctrl-C. This ends the process at once, without `finally`.
         die_of(signal.SIGINT)
     except Exception as error:
         if not has_launcher():
             raise
-        # Print the traceback, and end at once. A normal exit, and `finally` below, could wait for
+        # Print the traceback, and end at once, too. A normal exit, and `finally`, could wait for
         # the other ranks, which may wait for this one in a collective.
         sys.excepthook(type(error), error, error.__traceback__)
         os._exit(1)
@@ -457,8 +458,8 @@ def launch(train: Callable[[Any], int | None], args: Any, world_size: int) -> No
     with tempfile.TemporaryDirectory(prefix="train_ddp-") as folder:
         # In each process, mp.spawn calls run_spawned_rank(rank, *arguments).
         arguments = (train, args, world_size, f"file://{folder}/store")
-        # The terminal sends Ctrl-C to the ranks, too. They inherit that it is ignored, and leave
-        # it to this process, which asks them to stop by SIGTERM.
+        # The terminal sends Ctrl-C to the ranks, too. They inherit that it is ignored, and go on
+        # ignoring it: this process asks them to stop by SIGTERM.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         context = mp.spawn(run_spawned_rank, arguments, nprocs=world_size, join=False)
         signal.signal(signal.SIGINT, handler)
@@ -506,8 +507,7 @@ def run_spawned_rank(
     store: str,
 ) -> None:
     """Be one of the processes that `launch` has started."""
-    # When the launcher is killed, Linux sends this process SIGTERM, instead of SIGINT, which
-    # mp.spawn has chosen, and which is ignored here.
+    # When its parent, the launcher, is killed, Linux shall send this process SIGTERM.
     mp._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
     launcher = mp.parent_process()
     if launcher is not None and not launcher.is_alive():

@@ -103,7 +103,7 @@ def test_recipes_are_those_of_the_files():
 def test_troubleshooting_has_messages_that_are_printed():
     """Each is in a script of this project, in torch, or in one of its libraries."""
     messages = set(re.findall(r"^\| `(.*?)`", section("Troubleshooting"), re.MULTILINE))
-    assert len(messages) > 8
+    assert len(messages) > 6
     folder = Path(torch.__file__).parent
     sources = [*ROOT.glob("*.py"), *folder.glob("lib/libtorch_cpu.*")]
     sources += folder.glob("lib/libgloo*")
@@ -129,7 +129,7 @@ def test_links_lead_somewhere():
         if link.startswith("#"):
             assert link[1:] in anchors, link
         else:
-            assert (ROOT / link).exists(), link
+            assert (ROOT / link.partition("#")[0]).exists(), link
     assert not re.findall(r"@\w+@", README)  # Figures that are missing.
 
 
