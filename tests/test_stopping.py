@@ -427,6 +427,9 @@ def test_a_stop_during_start_up_ends_all_at_once(name, tmp_path, start):
     job = start(command(*LONG, *TWO))
     importing = lambda: any(map(imports_torch, job.workers()))
     wait_until(importing, "a rank imports torch", job)
+    ranks = [pid for pid in job.workers() if imports_torch(pid)]
+    ignore = [has_bit(pid, "SigIgn", signal.SIGINT) for pid in ranks]
+    assert all(ignore), "a rank would get Ctrl-C, as well as the launcher"
     if name == "INT":
         os.killpg(job.process.pid, number)
     else:
