@@ -457,7 +457,7 @@ def launch(train: Callable[[Any], int | None], args: Any, world_size: int) -> No
     # The ranks meet in a file. A port could be taken, or be reached by others.
     with tempfile.TemporaryDirectory(prefix="train_ddp-") as folder:
         # In each process, mp.spawn calls run_spawned_rank(rank, *arguments).
-        arguments = (train, args, world_size, f"file://{folder}/store")
+        arguments = (train, args, world_size, f"file://{folder}/store", os.getpid())
         # The terminal sends Ctrl-C to the ranks, too. They inherit that it is ignored, and go on
         # ignoring it: this process asks them to stop by SIGTERM.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -505,13 +505,14 @@ def run_spawned_rank(
     args: Any,
     world_size: int,
     store: str,
+    launcher: int,
 ) -> None:
     """Be one of the processes that `launch` has started."""
     # When its parent, the launcher, is killed, Linux shall send this process SIGTERM.
     mp._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
-    launcher = mp.parent_process()
-    if launcher is not None and not launcher.is_alive():
-        # It was killed before the line above could have an effect.
+    if os.getppid() != launcher:
+        # It was killed before the line above could have an effect. (is_alive() of its process
+        # object may still return True for some milliseconds.)
         sys.exit(1)
     # torchrun sets the same variables, except for the last one.
     os.environ["RANK"] = str(rank)

@@ -405,4 +405,4 @@ def _rank(rank: int, world_size: int, folder: str, function, args: tuple) -> Non
     store = f"file://{folder}/store"
     # An exception goes to the test.
     with mock.patch("utils.run_rank", lambda train, args: train(args)):
-        utils.run_spawned_rank(rank, train, args, world_size, store)
+        utils.run_spawned_rank(rank, train, args, world_size, store, os.getppid())

@@ -23,6 +23,8 @@ from conftest import (
     wait_until,
 )
 
+import utils
+
 LONG = "--epochs", 1000, "--batch_size", 50, "--save_every", 10, "--keep", 100
 TOGETHER = 60  # seconds within which a job ends, on any machine; TIMEOUT is ten minutes
 STOPPED = r"stopped; (\S+\.pt) has all progress: rerun to resume"
@@ -438,6 +440,13 @@ def test_a_stop_during_start_up_ends_all_at_once(name, tmp_path, start):
     wait_until(lambda: not job.everyone(), "the end of all ranks", timeout=TOGETHER)
     assert "Traceback" not in job.output()
     assert not checkpoints(tmp_path / "checkpoints")
+
+
+def test_a_rank_whose_launcher_has_been_killed_before_does_not_start(monkeypatch):
+    monkeypatch.setattr(torch.multiprocessing, "_prctl_pr_set_pdeathsig", str)
+    with pytest.raises(SystemExit) as caught:
+        utils.run_spawned_rank(0, pytest.fail, None, 1, "file:///x", launcher=-1)
+    assert caught.value.code == 1
 
 
 def test_ctrl_c_before_there_is_something_to_save_leaves_without_a_word(
