@@ -220,7 +220,7 @@ def train_epoch(
     own_sums = torch.zeros(2, dtype=torch.float64, device=run.device)
     # After a resume, the seconds of an earlier process count, too.
     started = time.monotonic() - progress.seconds
-    for number, batch in enumerate(loader, start=1):
+    for number, batch in enumerate(loader):
         # DDP does not need this. Only for a resume that is exact to the last bit.
         settle_buckets(run, ddp, batch)
         # The last step of an epoch has fewer images. The sampler gives equally many to each rank.
@@ -233,9 +233,9 @@ def train_epoch(
 
         is_saving = args.save_every is not None and progress.step % args.save_every == 0
         is_last = images_left(run) == 0
-        # After batches 1, 11, 21 and so on: `report_step` needs a loss from the first one on. The
+        # After batches 0, 10, 20 and so on: `report_step` needs a loss from the first one on. The
         # conditions are the same on all ranks, as they have to be before a collective.
-        if is_saving or is_last or (number - 1) % SYNC_EVERY == 0:
+        if is_saving or is_last or number % SYNC_EVERY == 0:
             add_up_losses(progress, own_sums)
             # After the last step, `train` asks this.
             if not is_last and any_rank(stop.is_requested()):

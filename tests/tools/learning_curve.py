@@ -30,7 +30,8 @@ def chart(folders: list[str]) -> str:
     checkpoints = [newest(folder) for folder in folders]
     histories = [checkpoint["progress"]["history"] for checkpoint in checkpoints]
     # The name of the data ends with the numbers of training and test images.
-    thousands = int(re.search(r"(\d+) \+", checkpoints[0]["data"])[1]) / 1000
+    name = checkpoints[0]["hyperparameters"]["data"]
+    thousands = int(re.search(r"(\d+) \+", name)[1]) / 1000
     seen = [round(record["epoch"] * thousands) for record in histories[0]]
     curves = []
     for history in histories:

@@ -23,7 +23,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -40,7 +39,7 @@ from torch.utils.data import Subset
 import utils
 from data import SAMPLE_DIR, load_data, make_loader
 from model import ConvNet
-from train_ddp import settle_buckets, train_step
+from train_ddp import Run, settle_buckets, train_step
 
 CABLES = {  # bits/s each way, and seconds
     "1 Tbit/s": (1e12, 0),
@@ -71,8 +70,7 @@ def measure() -> None:
     own_steps = []
     for name, model in ("narrow", narrow), ("wide", wide):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        run = SimpleNamespace(device=torch.device("cpu"), optimizer=optimizer)
-        run.model = model
+        run = Run(None, torch.device("cpu"), "", 0, model, optimizer)
         ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
         settle_buckets(run, ddp, batches[0])
         arms[name] = lambda batch, d=ddp, r=run: train_step(r, d, batch)
