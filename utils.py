@@ -17,6 +17,11 @@ from typing import Any, NoReturn, TextIO
 
 import torch
 import torch.distributed as dist
+
+# Not used here. Its functions take the process group that exists when it is first imported as a
+# default argument, and so keep it for ever. DDP imports it, too, but too late. Then the threads of
+# gloo would still run when the process exits, and could make it abort.
+import torch.distributed.nn
 import torch.multiprocessing as mp
 
 # How long a rank waits for the others before it gives up.
@@ -424,15 +429,16 @@ def die_of(number: int) -> NoReturn:
 
 
 def run_rank(train: Callable[[Any], int | None], args: Any) -> None:
-    """Call train(args) in this process. If a signal has stopped it, end by that signal.
-
-    SystemExit, by which `exit_together` ends a process, is no Exception and just passes through.
-    """
+    """Call train(args) in this process. If a signal has stopped it, end by that signal."""
     try:
         number = train(args)
     except KeyboardInterrupt:
         # The second Ctrl-C. This ends the process at once, without `finally`.
         die_of(signal.SIGINT)
+    except SystemExit as error:
+        # `exit_together` raises it. The traceback has `train`, and so its DDP, which has to be
+        # gone before the process group is destroyed.
+        raise error.with_traceback(None)
     except Exception as error:
         if not has_launcher():
             raise
