@@ -144,7 +144,7 @@ def train(args: Namespace) -> int | None:
     stop = utils.catch_stop_signals()
     # An earlier process may have been stopped before it had evaluated its last epoch.
     evaluate_last_epoch(run, test_set)
-    while not is_finished(run):
+    while run.progress.epoch < args.epochs:
         # Step 5: without set_epoch, each epoch would repeat the order of the first.
         sampler.set_epoch(run.progress.epoch, start=run.progress.images_done)
         if hasattr(train_set, "set_epoch"):
@@ -329,11 +329,6 @@ def evaluate_last_epoch(run: Run, test_set: SizedDataset) -> None:
     history[-1].update(results)
     path = save(run)
     report_epoch(run, path)
-
-
-def is_finished(run: Run) -> bool:
-    """Return whether nothing is left to train; the same on all ranks."""
-    return run.progress.epoch >= run.args.epochs
 
 
 def images_left(run: Run) -> int:
