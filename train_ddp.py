@@ -102,7 +102,7 @@ class Run:
     optimizer: Optimizer
     progress: Progress = field(default_factory=Progress)
     buckets_are_settled: bool = False  # See `settle_buckets`.
-    next_line: float = 0.0  # See `print_at_times`.
+    last_line: float = field(default_factory=time.monotonic)  # See `report_step`.
 
 
 @record  # Only for torchrun, which then shows the traceback of the rank that has failed first.
@@ -306,9 +306,7 @@ def evaluate(run: Run, test_set: SizedDataset) -> dict[str, float]:
     own_items = range(dist.get_rank(), len(test_set), dist.get_world_size())
     own_share = Subset(test_set, own_items)
     sums = torch.zeros(2, dtype=torch.float64, device=run.device)
-    loader = make_loader(own_share, run.args.batch_size)
-    for number, batch in enumerate(loader, start=1):
-        print_at_times(run, f"evaluating batch {number}/{len(loader)}")
+    for batch in make_loader(own_share, run.args.batch_size):
         loss, is_right = compute_loss(model, batch, run.device)
         sums[0] += loss * len(is_right)
         sums[1] += is_right.sum()
@@ -557,7 +555,6 @@ def compare_with_saved(run: Run, saved: dict[str, Any]) -> None:
 def report_start(run: Run, resumed_from: Path | None) -> None:
     """Print what is about to be trained, and from which checkpoint, if any."""
     args = run.args
-    run.next_line = time.monotonic() + LOG_SECONDS
     print0(f"processes  {args.world_size} on {run.device.type}")
     print0(f"data       {run.data_name}")
     batch_size = f"{args.batch_size} images per rank and step"
@@ -566,16 +563,12 @@ def report_start(run: Run, resumed_from: Path | None) -> None:
     print0(f"start      {start}")
 
 
-def print_at_times(run: Run, text: str) -> None:
-    """Print a line on rank 0, but not more often than every LOG_SECONDS."""
-    now = time.monotonic()
-    if now >= run.next_line:
-        run.next_line = now + LOG_SECONDS
-        print0(text)
-
-
 def report_step(run: Run) -> None:
-    """Report steps, train loss, speed and the time left, at times."""
+    """Print steps, train loss, speed and the time left, but only every LOG_SECONDS."""
+    now = time.monotonic()
+    if now < run.last_line + LOG_SECONDS:
+        return
+    run.last_line = now
     progress = run.progress
     global_batch = run.args.batch_size * run.args.world_size
     steps_per_epoch = math.ceil(
@@ -589,7 +582,7 @@ def report_step(run: Run) -> None:
     time_left = timedelta(seconds=round(steps_left * global_batch / images_per_second))
     speed = f"{images_per_second:,.0f} images/s  {time_left} left"
     steps = f"step {progress.step}/{progress.step + steps_left}"
-    print_at_times(run, f"{steps}  train loss {loss:.4f}  {speed}")
+    print0(f"{steps}  train loss {loss:.4f}  {speed}")
 
 
 def report_epoch(run: Run, path: Path) -> None:
