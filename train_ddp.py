@@ -69,7 +69,7 @@ WARM_UP = 0.2
 # Every SYNC_EVERY steps the ranks add up their losses, and learn whether one has been asked to
 # stop. torchrun kills a rank 30 s after it has asked: these steps and a save must take less.
 SYNC_EVERY = 10
-# A line about steps is printed when this time has passed, however long a step takes.
+# Then a line about steps is printed, too, but not more often than this.
 LOG_SECONDS = 5
 
 
@@ -233,16 +233,14 @@ def train_epoch(
 
         is_saving = args.save_every is not None and progress.step % args.save_every == 0
         is_last = images_left(run) == 0
-        # After batches 0, 10, 20 and so on: `report_step` needs a loss from the first one on. The
-        # conditions are the same on all ranks, as they have to be before a collective.
+        # The conditions are the same on all ranks, as they have to be before a collective.
         if is_saving or is_last or number % SYNC_EVERY == 0:
             add_up_losses(progress, own_sums)
-            # After the last step, `train` asks this.
-            if not is_last and any_rank(stop.is_requested()):
+            report_step(run)
+            if any_rank(stop.is_requested()):
                 return
         if is_saving:
             save(run)
-        report_step(run)
     end_epoch(progress)
 
 
@@ -576,7 +574,6 @@ def report_step(run: Run) -> None:
     )
     steps_left = math.ceil(images_left(run) / global_batch)
     steps_left += (run.args.epochs - progress.epoch - 1) * steps_per_epoch
-    # The loss is as of the last `add_up_losses`.
     loss = progress.loss_sum / progress.loss_count
     images_per_second = progress.images_done / progress.seconds
     time_left = timedelta(seconds=round(steps_left * global_batch / images_per_second))
