@@ -241,7 +241,7 @@ def train_epoch(
                 return
         if is_saving:
             save(run)
-    end_epoch(progress)
+    end_epoch(run)
 
 
 def train_step(run: Run, ddp: DistributedDataParallel, batch: Any) -> Tensor:
@@ -321,10 +321,15 @@ def evaluate_last_epoch(run: Run, test_set: SizedDataset) -> None:
     history = run.progress.history
     if not history or "test_accuracy" in history[-1]:
         return
-    results = evaluate(run, test_set)
-    history[-1].update(results)
+    record = history[-1]
+    record.update(evaluate(run, test_set))
     path = save(run)
-    report_epoch(run, path)
+    print0(
+        f"epoch {record['epoch']}/{run.args.epochs}  "
+        f"train loss {record['train_loss']:.4f}  test loss {record['test_loss']:.4f}  "
+        f"accuracy {record['test_accuracy']:.2%}  "
+        f"{record['images_per_second']:,.0f} images/s  {record['seconds']:.1f} s  {path}"
+    )
 
 
 def images_left(run: Run) -> int:
@@ -336,21 +341,19 @@ def images_left(run: Run) -> int:
     return left - left % run.args.world_size
 
 
-def end_epoch(progress: Progress) -> None:
+def end_epoch(run: Run) -> None:
     """Keep a record of the epoch that has been trained, and begin the next one."""
-    results = {
+    progress = run.progress
+    record = {
         "epoch": progress.epoch + 1,
         "step": progress.step,
         "train_loss": progress.loss_sum / progress.loss_count,
         "seconds": progress.seconds,
         "images_per_second": progress.images_done / progress.seconds,
     }
-    progress.history.append(results)
-    progress.epoch += 1
-    progress.images_done = 0
-    progress.seconds = 0.0
-    progress.loss_sum = 0.0
-    progress.loss_count = 0
+    history = [*progress.history, record]
+    # What belongs to a single epoch begins at 0 again.
+    run.progress = Progress(progress.epoch + 1, step=progress.step, history=history)
 
 
 def set_learning_rate(run: Run, global_batch: int) -> None:
@@ -580,17 +583,6 @@ def report_step(run: Run) -> None:
     speed = f"{images_per_second:,.0f} images/s  {time_left} left"
     steps = f"step {progress.step}/{progress.step + steps_left}"
     print0(f"{steps}  train loss {loss:.4f}  {speed}")
-
-
-def report_epoch(run: Run, path: Path) -> None:
-    """Print the record of the last epoch, and where it is saved."""
-    results = run.progress.history[-1]
-    print0(
-        f"epoch {results['epoch']}/{run.args.epochs}  "
-        f"train loss {results['train_loss']:.4f}  test loss {results['test_loss']:.4f}  "
-        f"accuracy {results['test_accuracy']:.2%}  "
-        f"{results['images_per_second']:,.0f} images/s  {results['seconds']:.1f} s  {path}"
-    )
 
 
 # ---------------------------------------------------------------- the command line
