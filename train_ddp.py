@@ -570,13 +570,12 @@ def report_step(run: Run) -> None:
     if now < run.last_line + LOG_SECONDS:
         return
     run.last_line = now
+    args = run.args
     progress = run.progress
-    global_batch = run.args.batch_size * run.args.world_size
-    steps_per_epoch = math.ceil(
-        run.train_size // run.args.world_size / run.args.batch_size
-    )
+    global_batch = args.batch_size * args.world_size
+    steps_per_epoch = math.ceil(run.train_size // args.world_size / args.batch_size)
     steps_left = math.ceil(images_left(run) / global_batch)
-    steps_left += (run.args.epochs - progress.epoch - 1) * steps_per_epoch
+    steps_left += (args.epochs - progress.epoch - 1) * steps_per_epoch
     loss = progress.loss_sum / progress.loss_count
     images_per_second = progress.images_done / progress.seconds
     time_left = timedelta(seconds=round(steps_left * global_batch / images_per_second))
