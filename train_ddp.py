@@ -23,8 +23,6 @@ examples:
 #     calls one, as train_epoch, evaluate and save do, all ranks must call that function, too.
 # all-reduce: the collective that overwrites a tensor of each rank by the sum of all of them.
 # broadcast: the collective that gives one rank's value to all (utils.broadcast).
-# all-gather: the collective that gives the values of all ranks to all (utils.gather).
-# barrier: the collective that only waits.
 # DDP: DistributedDataParallel, which all-reduces gradients, and divides them by the world size.
 # signal: a message of the system to a process: SIGINT after Ctrl-C, SIGTERM as a request to end.
 #
@@ -511,7 +509,6 @@ def resume(run: Run) -> Path | None:
         return None
     # The rank that has the newest checkpoint sends it to all.
     saved = broadcast(saved, source=names.index(newest))
-    # On some machines this file does not exist.
     path = folder / newest
     # All ranks load it. With call_on, all exit if one of them cannot.
     call_on(True, load_checkpoint, run, path, saved)
