@@ -230,15 +230,15 @@ def train_epoch(
         progress.seconds = time.monotonic() - started
 
         is_saving = args.save_every is not None and progress.step % args.save_every == 0
-        is_last = images_left(run) == 0
         # The conditions are the same on all ranks, as they have to be before a collective.
-        if is_saving or is_last or number % SYNC_EVERY == 0:
+        if is_saving or number % SYNC_EVERY == 0:
             add_up_losses(progress, own_sums)
             report_step(run)
             if any_rank(stop.is_requested()):
                 return
         if is_saving:
             save(run)
+    add_up_losses(progress, own_sums)
     end_epoch(run)
 
 
