@@ -2,7 +2,7 @@
 
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import utils
 
@@ -173,7 +173,7 @@ class ResumableSampler(DistributedSampler):
 
 
 def make_loader(
-    dataset: SizedDataset, batch_size: int, sampler: Sampler | None = None
+    dataset: SizedDataset, batch_size: int, sampler: Iterable[int]
 ) -> DataLoader:
     """Return a DataLoader. Its worker processes, if any, ignore Ctrl-C: their rank handles it.
 

@@ -54,7 +54,7 @@ from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 import utils
 from data import ResumableSampler, SizedDataset, load_data, make_loader
@@ -300,9 +300,8 @@ def evaluate(run: Run, test_set: SizedDataset) -> dict[str, float]:
     # Each image is used once. A DistributedSampler would repeat images until the ranks' shares
     # are equally large, and the accuracy would depend on the world size.
     own_items = range(dist.get_rank(), len(test_set), dist.get_world_size())
-    own_share = Subset(test_set, own_items)
     sums = torch.zeros(2, dtype=torch.float64, device=run.device)
-    for batch in make_loader(own_share, run.args.batch_size):
+    for batch in make_loader(test_set, run.args.batch_size, own_items):
         loss, is_right = compute_loss(model, batch, run.device)
         sums[0] += loss * len(is_right)
         sums[1] += is_right.sum()

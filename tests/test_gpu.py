@@ -122,7 +122,7 @@ def test_there_is_one_process_per_usable_gpu(gpus, monkeypatch, usable, world_si
     monkeypatch.setattr(sys, "argv", ["train_ddp.py"])
     chosen = train_ddp.parse_args().world_size
     assert chosen == world_size, f"{chosen} processes instead of {world_size}"
-    is_pinned = data.make_loader([0], 1).pin_memory
+    is_pinned = data.make_loader([0], 1, range(1)).pin_memory
     assert is_pinned == usable, f"memory is pinned: {is_pinned}"
 
 

@@ -396,7 +396,7 @@ def drop_items_on_rank_1(folder: Path) -> None:
     def collate(items: list) -> Any:
         return default_collate(items[dist.get_rank() % 2 :])
 
-    def make_loader(dataset, batch_size, sampler=None) -> DataLoader:
+    def make_loader(dataset, batch_size, sampler) -> DataLoader:
         return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate)
 
     train_ddp.make_loader = make_loader

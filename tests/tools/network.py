@@ -34,7 +34,6 @@ import torch.distributed as dist
 from machines import two_machines
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Subset
 
 import utils
 from data import SAMPLE_DIR, load_data, make_loader
@@ -60,7 +59,7 @@ def measure() -> None:
     """Be a rank; rank 0 prints the median times, in seconds."""
     utils.init_distributed()
     _, _, digits = load_data(SAMPLE_DIR, seed=0, download=False)
-    batches = list(make_loader(Subset(digits, range(STEPS * 64)), 64))
+    batches = list(make_loader(digits, 64, range(STEPS * 64)))
     narrow = ConvNet()
     wide = ConvNet()
     units = wide.layers[-1].in_features
