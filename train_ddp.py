@@ -286,6 +286,26 @@ def add_up_losses(progress: Progress, own_sums: Tensor) -> None:
         utils.exit_together(f"{numbers}: the ranks need equally large batches")
 
 
+def report_step(run: Run) -> None:
+    """Print steps, train loss, speed and the time left, but only every LOG_SECONDS."""
+    now = time.monotonic()
+    if now < run.last_line + LOG_SECONDS:
+        return
+    run.last_line = now
+    args = run.args
+    progress = run.progress
+    global_batch = args.batch_size * args.world_size
+    steps_per_epoch = math.ceil(run.train_size // args.world_size / args.batch_size)
+    steps_left = math.ceil(images_left(run) / global_batch)
+    steps_left += (args.epochs - progress.epoch - 1) * steps_per_epoch
+    loss = progress.loss_sum / progress.loss_count
+    images_per_second = progress.images_done / progress.seconds
+    time_left = timedelta(seconds=round(steps_left * global_batch / images_per_second))
+    speed = f"{images_per_second:,.0f} images/s  {time_left} left"
+    steps = f"step {progress.step}/{progress.step + steps_left}"
+    print0(f"{steps}  train loss {loss:.4f}  {speed}")
+
+
 @torch.no_grad()
 def evaluate(run: Run, test_set: SizedDataset) -> dict[str, float]:
     """Wait for all ranks; return test_loss and test_accuracy of the whole test set."""
@@ -417,6 +437,17 @@ def default_learning_rate(args: Namespace, train_size: int) -> float:
     return 0.01 * math.sqrt(min(global_batch, 256) / 128)
 
 
+def report_start(run: Run, resumed_from: Path | None) -> None:
+    """Print what is about to be trained, and from which checkpoint, if any."""
+    args = run.args
+    print0(f"processes  {args.world_size} on {run.device.type}")
+    print0(f"data       {run.data_name}")
+    batch_size = f"{args.batch_size} images per rank and step"
+    print0(f"training   {batch_size}, peak lr {args.lr:.3g}")
+    start = resumed_from or f"from scratch, nothing in {args.checkpoint_dir}"
+    print0(f"start      {start}")
+
+
 def settle_buckets(run: Run, ddp: DistributedDataParallel, batch: Any) -> None:
     """Once in a process, compute gradients and throw them away.
 
@@ -544,40 +575,6 @@ def compare_with_saved(run: Run, saved: dict[str, Any]) -> None:
         # A flag that you have added is not in older checkpoints.
         if before.get(name) != value:
             print0(f"changed    {name} from {before.get(name)} to {value}")
-
-
-# ---------------------------------------------------------------- what is printed
-
-
-def report_start(run: Run, resumed_from: Path | None) -> None:
-    """Print what is about to be trained, and from which checkpoint, if any."""
-    args = run.args
-    print0(f"processes  {args.world_size} on {run.device.type}")
-    print0(f"data       {run.data_name}")
-    batch_size = f"{args.batch_size} images per rank and step"
-    print0(f"training   {batch_size}, peak lr {args.lr:.3g}")
-    start = resumed_from or f"from scratch, nothing in {args.checkpoint_dir}"
-    print0(f"start      {start}")
-
-
-def report_step(run: Run) -> None:
-    """Print steps, train loss, speed and the time left, but only every LOG_SECONDS."""
-    now = time.monotonic()
-    if now < run.last_line + LOG_SECONDS:
-        return
-    run.last_line = now
-    args = run.args
-    progress = run.progress
-    global_batch = args.batch_size * args.world_size
-    steps_per_epoch = math.ceil(run.train_size // args.world_size / args.batch_size)
-    steps_left = math.ceil(images_left(run) / global_batch)
-    steps_left += (args.epochs - progress.epoch - 1) * steps_per_epoch
-    loss = progress.loss_sum / progress.loss_count
-    images_per_second = progress.images_done / progress.seconds
-    time_left = timedelta(seconds=round(steps_left * global_batch / images_per_second))
-    speed = f"{images_per_second:,.0f} images/s  {time_left} left"
-    steps = f"step {progress.step}/{progress.step + steps_left}"
-    print0(f"{steps}  train loss {loss:.4f}  {speed}")
 
 
 # ---------------------------------------------------------------- the command line
