@@ -37,18 +37,17 @@ def init_distributed() -> torch.device:
         torch.cuda.set_device(local_rank)
         dist.init_process_group("nccl")
     """
+    # For speed and safety. DDP does not need it.
+    prepare_process()
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank())
+        # Otherwise "cuda" without a number would mean GPU 0 on every rank.
+        torch.cuda.set_device(device)
         # nccl sends tensors that are on a GPU; gloo those on the CPU, and Python objects.
         backend = "cpu:gloo,cuda:nccl"
     else:
         device = torch.device("cpu")
         backend = "gloo"
-    # For speed and safety. DDP does not need it.
-    prepare_process(device)
-    if device.type == "cuda":
-        # Otherwise "cuda" without a number would mean GPU 0 on every rank.
-        torch.cuda.set_device(device)
     # The store is a table that all ranks can read and write. In it, each leaves its address for
     # the others. The launcher has said where the store is.
     store, rank, world_size = open_store()
@@ -163,8 +162,8 @@ def exit_together(problem: str) -> NoReturn:
 # ---------------------------------------------------------------- setting up a process
 
 
-def prepare_process(device: torch.device) -> None:
-    """Set up signals, threads, network and device of a rank."""
+def prepare_process() -> None:
+    """Set up signals, threads, network and GPU of a rank."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # When its parent, torchrun, is killed, Linux shall send this process SIGTERM. Otherwise it
         # would train on.
@@ -184,30 +183,23 @@ def prepare_process(device: torch.device) -> None:
         loopback = "lo" if sys.platform == "linux" else "lo0"
         os.environ["GLOO_SOCKET_IFNAME"] = loopback
         os.environ["NCCL_SOCKET_IFNAME"] = loopback
-    if device.type == "cuda":
-        prepare_gpu(device)
+    if torch.cuda.is_available():
+        prepare_gpu()
     else:
-        prepare_cpu()
+        # Have Linux not let the threads of gloo interrupt training. Otherwise two ranks on two
+        # cores take 1.5 times as long. macOS lacks the call, and a sandbox may refuse it.
+        with contextlib.suppress(AttributeError, OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
-def prepare_cpu() -> None:
-    """Have Linux schedule the threads of this process so that gloo is fast.
-
-    Otherwise they interrupt one another, and two ranks on two cores take 1.5 times as long.
-    """
-    # macOS lacks the call, and a sandbox may refuse it.
-    with contextlib.suppress(AttributeError, OSError):
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-
-
-def prepare_gpu(device: torch.device) -> None:
+def prepare_gpu() -> None:
     """Have a GPU repeat its results to the last bit; exits if there is none for this rank.
 
     Other operations of a model of your own may need torch.use_deterministic_algorithms(True).
     """
     gpus = torch.cuda.device_count()
-    if device.index >= gpus:
-        problem = f"error: LOCAL_RANK is {device.index}, but there are {gpus} GPU(s)"
+    if local_rank() >= gpus:
+        problem = f"error: LOCAL_RANK is {local_rank()}, but there are {gpus} GPU(s)"
         sys.exit(f"{problem}: start fewer, or set CUDA_VISIBLE_DEVICES= to use the CPU")
     # Otherwise cuDNN may choose algorithms that add numbers in any order.
     torch.backends.cudnn.deterministic = True
