@@ -258,18 +258,17 @@ def lock_folder(folder: Path) -> None:
         # Not open(..., "w"): if .lock is a link, that would empty the file to which it leads. The
         # file stays open, as to close it would end the lock.
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            # Not flock, whose lock would be inherited by loader workers: they can outlive a rank
-            # that was killed.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            problem = f"another run uses {folder}"
-            raise SystemExit(f"{problem}: choose another --checkpoint_dir")
-        except OSError:
-            warn(f"{folder} is on a disk without locks: start no second run in it")
     except OSError as error:
         fix = "delete a .lock of another user, or choose another --checkpoint_dir"
         raise SystemExit(f"cannot write to the checkpoint folder ({error}): {fix}")
+    try:
+        # Not flock, whose lock would be inherited by loader workers: they can outlive a rank that
+        # was killed.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"another run uses {folder}: choose another --checkpoint_dir")
+    except OSError:
+        warn(f"{folder} is on a disk without locks: start no second run in it")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
