@@ -614,7 +614,7 @@ def main() -> None:
     if utils.has_launcher() or args.world_size == 1:
         utils.run_rank(train, args)
     else:
-        utils.launch(train, args, args.world_size)
+        utils.launch(train, args)
 
 
 if __name__ == "__main__":

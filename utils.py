@@ -444,8 +444,8 @@ def run_rank(train: Callable[[Any], int | None], args: Any) -> None:
         die_of(number)
 
 
-def launch(train: Callable[[Any], int | None], args: Any, world_size: int) -> None:
-    """Call train(args) in `world_size` new processes, and wait until they have ended.
+def launch(train: Callable[[Any], int | None], args: Any) -> None:
+    """Call train(args) in args.world_size new processes, and wait until they have ended.
 
     Exits with 1 if one of them fails. If this process was asked to stop, it passes that on,
     and dies of the same signal.
@@ -454,11 +454,11 @@ def launch(train: Callable[[Any], int | None], args: Any, world_size: int) -> No
     # The ranks meet in a file. A port could be taken, or be reached by others.
     with tempfile.TemporaryDirectory(prefix="train_ddp-") as folder:
         # In each process, mp.spawn calls run_spawned_rank(rank, *arguments).
-        arguments = (train, args, world_size, f"file://{folder}/store", os.getpid())
+        arguments = (train, args, f"file://{folder}/store", os.getpid())
         # The terminal sends Ctrl-C to the ranks, too. They inherit that it is ignored, and go on
         # ignoring it: this process asks them to stop by SIGTERM.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        context = mp.spawn(run_spawned_rank, arguments, nprocs=world_size, join=False)
+        context = mp.spawn(run_spawned_rank, arguments, args.world_size, join=False)
         signal.signal(signal.SIGINT, handler)
         try:
             wait_for_ranks(context, stop)
@@ -497,12 +497,7 @@ def wait_for_ranks(context: mp.ProcessContext, stop: StopRequest) -> None:
 
 
 def run_spawned_rank(
-    rank: int,
-    train: Callable[[Any], int | None],
-    args: Any,
-    world_size: int,
-    store: str,
-    launcher: int,
+    rank: int, train: Callable[[Any], int | None], args: Any, store: str, launcher: int
 ) -> None:
     """Be one of the processes that `launch` has started."""
     # When its parent, the launcher, is killed, Linux shall send this process SIGTERM.
@@ -514,7 +509,7 @@ def run_spawned_rank(
     # torchrun sets the same variables, except for the last one.
     os.environ["RANK"] = str(rank)
     os.environ["LOCAL_RANK"] = str(rank)
-    os.environ["WORLD_SIZE"] = str(world_size)
-    os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
-    os.environ["TRAIN_DDP_STORE"] = f"{store}?rank={rank}&world_size={world_size}"
+    os.environ["WORLD_SIZE"] = str(args.world_size)
+    os.environ["LOCAL_WORLD_SIZE"] = str(args.world_size)
+    os.environ["TRAIN_DDP_STORE"] = f"{store}?rank={rank}&world_size={args.world_size}"
     run_rank(train, args)

@@ -397,12 +397,13 @@ def in_ranks(world_size: int, function, *args) -> list:
 def _rank(rank: int, world_size: int, folder: str, function, args: tuple) -> None:
     import utils
 
-    def train(args) -> None:
+    def train(_) -> None:
         utils.init_distributed()
         torch.save(function(*args), f"{folder}/result{rank}")
         torch.distributed.destroy_process_group()
 
+    flags = Namespace(world_size=world_size)
     store = f"file://{folder}/store"
     # An exception goes to the test.
     with mock.patch("utils.run_rank", lambda train, args: train(args)):
-        utils.run_spawned_rank(rank, train, args, world_size, store, os.getppid())
+        utils.run_spawned_rank(rank, train, flags, store, os.getppid())

@@ -445,7 +445,7 @@ def test_a_stop_during_start_up_ends_all_at_once(name, tmp_path, start):
 def test_a_rank_whose_launcher_has_been_killed_before_does_not_start(monkeypatch):
     monkeypatch.setattr(torch.multiprocessing, "_prctl_pr_set_pdeathsig", str)
     with pytest.raises(SystemExit) as caught:
-        utils.run_spawned_rank(0, pytest.fail, None, 1, "file:///x", launcher=-1)
+        utils.run_spawned_rank(0, pytest.fail, None, "file:///x", launcher=-1)
     assert caught.value.code == 1
 
 

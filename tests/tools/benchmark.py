@@ -54,20 +54,21 @@ Arm = Callable[[], None]
 
 def compare_loops(data_dir: Path, quick: bool, world_size: int) -> None:
     """Start `world_size` ranks as the program does; rank 0 prints the figures as JSON."""
+    args = SimpleNamespace(data_dir=data_dir, quick=quick, world_size=world_size)
     if world_size == 1:
-        measure_as_rank((data_dir, quick))
+        measure_as_rank(args)
     else:
-        utils.launch(measure_as_rank, (data_dir, quick), world_size)
+        utils.launch(measure_as_rank, args)
 
 
-def measure_as_rank(args: tuple[Path, bool]) -> None:
+def measure_as_rank(args: SimpleNamespace) -> None:
     """Set up what the program sets up, with few images, and measure in place of training."""
-    data_dir, quick = args
+    quick = args.quick
     blocks = 1 if quick else 10
     steps = 4 if quick else 30
     device = utils.init_distributed()
-    world_size = dist.get_world_size()
-    images, labels = read(data_dir, train=True)
+    world_size = args.world_size
+    images, labels = read(args.data_dir, train=True)
     size = world_size * BATCH * steps
     train_set = data.Digits(images[:size], labels[:size], seed=0)
     model = train_ddp.build_model(train_set)
