@@ -460,12 +460,7 @@ def launch(train: Callable[[Any], int | None], args: Any) -> None:
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         context = mp.spawn(run_spawned_rank, arguments, args.world_size, join=False)
         signal.signal(signal.SIGINT, handler)
-        try:
-            wait_for_ranks(context, stop)
-        except KeyboardInterrupt:
-            # A second Ctrl-C ends even a frozen rank.
-            for process in context.processes:
-                process.kill()
+        wait_for_ranks(context, stop)
     if stop.number is not None:
         die_of(stop.number)
 
@@ -485,6 +480,10 @@ def wait_for_ranks(context: mp.ProcessContext, stop: StopRequest) -> None:
                 have_been_asked = True
                 for process in context.processes:
                     process.terminate()
+    except KeyboardInterrupt:
+        # A second Ctrl-C ends even a frozen rank.
+        for process in context.processes:
+            process.kill()
     except mp.ProcessExitedException as error:
         # A rank that has stopped, and saved, ends by a signal, as this process will. Python gives
         # the number of the signal as a negative exit code.
