@@ -502,8 +502,7 @@ def run_spawned_rank(
     # When its parent, the launcher, is killed, Linux shall send this process SIGTERM.
     mp._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
     if os.getppid() != launcher:
-        # It was killed before the line above could have an effect. (is_alive() of its process
-        # object may still return True for some milliseconds.)
+        # It was killed before the line above could have an effect.
         sys.exit(1)
     # torchrun sets the same variables, except for the last one.
     os.environ["RANK"] = str(rank)
