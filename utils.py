@@ -362,9 +362,8 @@ STOP_SIGNALS = [signal.Signals[name] for name in STOP_NAMES]
 class StopRequest:
     """The number of the first stop signal that this process got, or None, and its time."""
 
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self.time = 0.0
+    number: int | None = None
+    time = 0.0
 
     def is_requested(self) -> bool:
         return self.number is not None
