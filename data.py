@@ -33,14 +33,7 @@ def load_data(
     """Return a name for the data, the training set and the test set.
 
     Raises SystemExit, with a text, if files cannot be used. Replace this function to train on
-    data of your own, for example on folders of pictures:
-
-        transform = Compose([Resize((64, 64)), ToTensor()])
-        train_set = ImageFolder(data_dir / "train", transform)
-        test_set = ImageFolder(data_dir / "test", transform)
-        return "my pictures", train_set, test_set
-
-    ConvNet does not fit these: `build_model` in train_ddp.py has to return another network.
+    data of your own. For folders of pictures, tests/recipes/pictures.patch does so.
 
     - Items may be anything that `compute_loss` in train_ddp.py understands. Here an item is an
       image and the number of its class, an int.
