@@ -331,8 +331,8 @@ def decode_checkpoint(content: bytes) -> dict[str, Any]:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-def newest_checkpoint(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Return name and content of the newest undamaged checkpoint, or "" and {} without any.
+def newest_checkpoint(folder: Path) -> tuple[str, dict[str, Any]] | None:
+    """Return name and content of the newest undamaged checkpoint, or None without any.
 
     Raises SystemExit if there are checkpoints, but none can be loaded.
     """
@@ -348,7 +348,7 @@ def newest_checkpoint(folder: Path) -> tuple[str, dict[str, Any]]:
             warn(f"{path} is damaged, trying the one before: {reason}")
     if paths:
         raise SystemExit(f"no checkpoint in {folder} can be loaded: restore one")
-    return "", {}
+    return None
 
 
 # ---------------------------------------------------------------- stop signals
