@@ -446,8 +446,7 @@ def run_rank(train: Callable[[Any], int | None], args: Any) -> None:
 def launch(train: Callable[[Any], int | None], args: Any) -> None:
     """Call train(args) in args.world_size new processes, and wait until they have ended.
 
-    Exits with 1 if one of them fails. If this process was asked to stop, it passes that on,
-    and dies of the same signal.
+    If this process is asked to stop, it asks them to, and in the end dies of the same signal.
     """
     stop = catch_stop_signals()
     # The ranks meet in a file. A port could be taken, or be reached by others.
