@@ -186,8 +186,8 @@ def prepare_process() -> None:
     if torch.cuda.is_available():
         prepare_gpu()
     else:
-        # Have Linux not let the threads of gloo interrupt training. Otherwise two ranks on two
-        # cores take 1.5 times as long. macOS lacks the call, and a sandbox may refuse it.
+        # Otherwise the threads of this process interrupt one another, and two ranks on two cores
+        # take 1.5 times as long. macOS lacks the call, and a sandbox may refuse it.
         with contextlib.suppress(AttributeError, OSError):
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
