@@ -117,10 +117,9 @@ class Digits(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         down, right = self.shifts[index]
-        image = self.padded[
-            index, down : down + self.height, right : right + self.width
-        ]
-        return image, self.labels[index]
+        rows = slice(down, down + self.height)
+        columns = slice(right, right + self.width)
+        return self.padded[index, rows, columns], self.labels[index]
 
 
 class ResumableSampler(DistributedSampler):
