@@ -17,13 +17,13 @@ import utils
 # (The mean and the deviation of its pixels are in model.py.)
 DATASET = "MNIST"
 SAMPLE_DIR = Path(__file__).resolve().parent / "tests" / "mnist_sample"
-# The number of pixels by which training moves an image, in each direction.
+# Training moves each image by so many pixels at most, in each direction.
 MAX_SHIFT = 1
-# The number of processes per rank that load data. With 0, the rank loads them itself, which is
-# enough for data in memory. If each item is read from a file, try 4.
+# How many processes load data for each rank. With 0, it loads them itself, which is enough for
+# data in memory. If each item is read from a file, try 4.
 LOADER_WORKERS = 0
 
-# Anything with __len__ and __getitem__; torch's own type Dataset does not promise __len__.
+# For a data set: anything with __len__ and __getitem__. (torch's type Dataset has no __len__.)
 SizedDataset = Any
 
 
@@ -44,7 +44,7 @@ def load_data(
     - First, one rank of each machine calls this function, with download=True. When that is done,
       the others call it with False. They wait for utils.TIMEOUT at most.
     """
-    # Not above: it is slow to import, and the process that only starts the ranks does not need it.
+    # Not at the top, as it is slow: a process that only starts the ranks does not need it.
     from torchvision import datasets  # type: ignore[import-untyped]
 
     dataset = getattr(datasets, DATASET)
@@ -93,19 +93,21 @@ class Digits(Dataset):
     def __init__(self, images: Tensor, labels: Tensor, seed: int) -> None:
         """Take images, uint8 [N, 28, 28], and labels, an integer type [N]."""
         self.height, self.width = images.shape[1:]
+        # At the left, the right, the top and the bottom.
         self.padded = F.pad(images, [MAX_SHIFT] * 4)
         self.labels = labels.tolist()
         self.seed = seed
-        # Until `set_epoch` is called, as for a test set, each image is taken from the middle of
-        # the padded one, and so is not shifted.
+        # Each image is taken from the middle of the padded one, and so is not shifted, until
+        # `set_epoch` is called. For a test set, it never is.
         self.shifts = [[MAX_SHIFT, MAX_SHIFT]] * len(images)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw new shifts for all images.
 
-        They belong to (seed, epoch, image), not to a rank. Random transforms usually draw from
-        the global generator, which has two traps here. All ranks were seeded alike, so they
-        draw the same transforms. And a resumed training draws those of its start again.
+        They follow from the seed and the epoch alone, so an image has the same shift on any
+        rank, and after a resume. Random transforms usually draw from the global generator. But
+        all ranks have seeded it alike, so all would draw the same transforms, and a resumed
+        training would draw those of its start again.
         """
         generator = torch.Generator().manual_seed(self.seed + epoch)
         size = (len(self), 2)
@@ -125,15 +127,15 @@ class Digits(Dataset):
 class ResumableSampler(DistributedSampler):
     """A DistributedSampler that can start in mid-epoch, and that never repeats an item.
 
-    An epoch of ten items on three ranks, if their random order is 3 8 0 5 9 1 7 2 6 4:
+    An epoch of ten items on three ranks, if their random order is 3 8 0 5 9 1 | 7 2 6 4:
 
         rank 0 takes  3 5 7
         rank 1 takes  8 9 2
         rank 2 takes  0 1 6      and 4 goes unused in this epoch.
 
     All shares are equally large, as a rank with one batch more would wait for the gradients of
-    the others in vain. (DistributedSampler repeats 3 and 8 instead, to fill up the shares.)
-    A training that was stopped after six items goes on with start=6, even with two ranks:
+    the others. (DistributedSampler repeats 3 and 8 instead, to fill up the shares.) A training
+    that was stopped at the bar goes on with start=6, even with two ranks:
 
         rank 0 takes  7 6
         rank 1 takes  2 4
@@ -159,18 +161,19 @@ class ResumableSampler(DistributedSampler):
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(self.dataset), generator=generator)
         own_items = order[self.start + self.rank :: self.num_replicas]
+        # Some ranks may have one item more than others.
         return iter(own_items[: len(self)].tolist())
 
 
 def make_loader(
     dataset: SizedDataset, batch_size: int, sampler: Iterable[int]
 ) -> DataLoader:
-    """Return a DataLoader. Its worker processes, if any, ignore Ctrl-C: their rank handles it.
+    """Return a DataLoader. `sampler` gives the indices of the items, in order.
 
-    New workers are started for each epoch: persistent_workers would keep their copy of the
-    data set, which never sees what `set_epoch` changes.
+    If there are workers, new ones are started for each epoch. With persistent_workers, they would
+    keep their copies of the data set, which never see what `set_epoch` changes.
     """
-    # A worker that is a copy of its rank ("fork") starts faster, but this is safe on Linux only.
+    # A worker that is a copy of its rank ("fork") starts at once, but this is safe on Linux only.
     forks = LOADER_WORKERS > 0 and sys.platform == "linux"
     return DataLoader(
         dataset,
@@ -179,7 +182,7 @@ def make_loader(
         num_workers=LOADER_WORKERS,
         multiprocessing_context="fork" if forks else None,
         worker_init_fn=utils.ignore_stop_signals,
-        # The system never moves pinned memory, so a GPU can fetch a batch from it while the CPU
-        # goes on (non_blocking=True).
+        # The system never moves pinned memory elsewhere, so a GPU can fetch a batch from it while
+        # the CPU goes on (non_blocking=True).
         pin_memory=torch.cuda.is_available(),
     )

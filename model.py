@@ -15,8 +15,8 @@ class ConvNet(nn.Module):
     that two ranks with 32 images each would no longer compute what one rank computes with 64.
     Use nn.GroupNorm instead; or, on GPUs, nn.SyncBatchNorm.convert_sync_batchnorm.
 
-    It has no dropout either. All ranks are seeded alike, so they would drop the same units; and a
-    resumed training, which is seeded again, would drop those of its first steps.
+    It has no dropout either. All ranks have the same seed, so they would drop the same units;
+    and a resumed training would drop the same units as at its start.
     """
 
     def __init__(self) -> None:
@@ -32,8 +32,8 @@ class ConvNet(nn.Module):
             nn.Flatten(),
             nn.Linear(96 * 3 * 3, 10),
         )
-        # In memory, the channels of a pixel lie side by side, unlike torch's default:
-        # convolutions are faster so.
+        # In memory, the channels of a pixel lie side by side, which is not torch's default.
+        # Convolutions are faster this way.
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -6,35 +6,37 @@ examples:
 """
 
 # Several processes train together. Each has memory of its own, and in it a copy of the model. Each
-# runs `train` below, on its own images. In each backward pass they average their gradients, so
-# that the copies stay equal.
+# runs `train` below on its own images. In each backward pass they average their gradients, so that
+# the copies stay equal.
 #
-# rank: the number of a process, from 0; also the process itself ("all ranks wait").
+# rank: the index of a process, from 0; also the process itself ("all ranks wait").
 # world size: the number of ranks.
-# global batch: the images of all ranks in one step: batch_size * world_size of them.
-# local rank: the number of a process on its machine; it chooses the GPU.
+# global batch: the images of all ranks in one step, batch_size * world_size of them.
+# local rank: the index of a process on its machine; it chooses the GPU. On two machines with four
+#     GPUs each, rank 5 has the local rank 1.
 # launcher: what starts the ranks: torchrun, which is run once on each machine, or this script.
-#     It sets environment variables of each rank: RANK, LOCAL_RANK, WORLD_SIZE.
-# process group: the ranks that can reach one another. torch keeps it in a global variable, so
-#     nobody has to pass it to DDP or to the sampler.
+#     It tells each rank these numbers by environment variables: RANK, LOCAL_RANK, WORLD_SIZE.
+# process group: the ranks that can reach one another. torch keeps it in a global variable.
 # backend: the library that carries their messages: gloo between CPUs, nccl between NVIDIA GPUs.
 # collective: an operation that all ranks must call, in the same order, as each waits for the
-#     others. A rank that takes one step more waits in vain, until utils.TIMEOUT. If a function
-#     calls one, as train_epoch, evaluate and save do, all ranks must call that function, too.
-# all-reduce: the collective that overwrites a tensor of each rank by the sum of all of them.
-# broadcast: the collective that gives one rank's value to all (utils.broadcast).
-# DDP: DistributedDataParallel, which all-reduces gradients, and divides them by the world size.
+#     others. If only some call it, they wait until utils.TIMEOUT. So a function that contains a
+#     collective, as train_epoch, evaluate and save do, must be called by all ranks, too.
+# all-reduce: the collective that replaces a tensor of each rank by the sum of all of them.
+# broadcast: the collective that gives one rank's value to all.
+# DDP: DistributedDataParallel, which all-reduces the gradients, and divides by the world size.
 # signal: a message of the system to a process: SIGINT after Ctrl-C, SIGTERM as a request to end.
 #
 # Seven steps turn a plain training script into one for DDP. `train` takes them in this order:
 #
-# 1. Join the other ranks:                            init_distributed()
-# 2. One rank of each machine downloads the data:     load_on_every_rank(args)
-# 3. Wrap the model:                                  DistributedDataParallel(model)
-# 4. Deal the images out to the ranks:                ResumableSampler(train_set)
-# 5. Deal them out anew in each epoch:                sampler.set_epoch(epoch)
-# 6. Train and evaluate, add up what all ranks find:  train_epoch(...), evaluate(...)
-# 7. Rank 0 saves, and the others wait for it:        save(run)
+# 1. Join the other ranks:                           init_distributed()
+# 2. One rank of each machine downloads the data:    load_on_every_rank(args)
+# 3. Wrap the model:                                 DistributedDataParallel(model)
+# 4. Give each rank its share of the images:         ResumableSampler(train_set)
+# 5. Choose another order for each epoch:            sampler.set_epoch(epoch)
+# 6. Train, and add up the losses of all ranks:      train_epoch(...)
+# 7. Rank 0 saves, and the others wait for it:       save(run)
+#
+# The test set is shared out, too: each rank evaluates its part, and they add up the results.
 
 import copy
 import math
@@ -61,13 +63,15 @@ from data import ResumableSampler, SizedDataset, load_data, make_loader
 from model import ConvNet
 from utils import any_rank, broadcast, call_on, gather, print0
 
+# The model learns to give 0.91 to the right class, and 0.01 to each of the nine others.
 LABEL_SMOOTHING = 0.1
 # During this fraction of the training the learning rate rises; then it falls.
 WARM_UP = 0.2
-# Every SYNC_EVERY steps the ranks add up their losses, and learn whether one has been asked to
-# stop. torchrun kills a rank 30 s after it has asked: these steps and a save must take less.
+# Every SYNC_EVERY steps the ranks add up their losses, and learn whether one of them got a signal
+# to stop. Lower it if a step takes seconds: torchrun kills a rank 30 s after the signal, and all
+# must be saved by then.
 SYNC_EVERY = 10
-# Then a line about steps is printed, too, but not more often than this.
+# Then they may also print a line, but not more often than every LOG_SECONDS.
 LOG_SECONDS = 5
 
 
@@ -76,13 +80,13 @@ class Progress:
     """How far the training is. A checkpoint stores all of it."""
 
     epoch: int = 0  # How many epochs have been trained.
-    # How many images of the current epoch all ranks together have trained on. In contrast to a
-    # number of batches, it is valid for any world size.
+    # How many images of the current epoch all ranks together have trained on. Unlike a number of
+    # batches, this still says where to go on if a resumed training has another world size.
     images_done: int = 0
     step: int = 0  # How many optimizer steps have been taken since the start.
     seconds: float = 0.0  # How long the current epoch has been trained.
-    # The sum of the losses of single images in this epoch, and the number of these images; of all
-    # ranks, as of the last `add_up_losses`.
+    # The sum of the losses of single images in this epoch, and the number of these images. Both
+    # are those of all ranks, and are changed by `add_up_losses` only.
     loss_sum: float = 0.0
     loss_count: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # A record per epoch.
@@ -94,24 +98,24 @@ class Run:
 
     args: Namespace
     device: torch.device
-    data_name: str  # With the sizes. A checkpoint is only resumed with the same data.
-    train_size: int
+    data_name: str  # Such as "MNIST, 60000 + 10000 items".
+    train_size: int  # The number of items in the training set.
     model: nn.Module  # The model itself, not wrapped in DDP.
     optimizer: Optimizer
     progress: Progress = field(default_factory=Progress)
     buckets_are_settled: bool = False  # See `settle_buckets`.
-    last_line: float = field(default_factory=time.monotonic)  # See `report_step`.
+    last_line: float = field(default_factory=time.monotonic)  # See `print_at_times`.
 
 
-@record  # Only for torchrun, which then shows the traceback of the rank that has failed first.
+@record  # Optional. torchrun then shows the traceback of the rank that has failed first.
 def train(args: Namespace) -> int | None:
-    """Train as one rank, called by utils.run_rank; return the number of a stop signal, or None."""
+    """Train as one rank, for utils.run_rank; return the signal that has stopped it, or None."""
     # Step 1: join the other ranks. The launcher has started them; all run these same lines.
     device = utils.init_distributed()
     args = share_flags(args)
-    # call_on(is_chosen, function, argument): ranks for which is_chosen is true call the function,
-    # the others wait for them, and all exit if it fails. Here rank 0 makes sure that no other run
-    # uses the folder.
+    # Rank 0 makes sure that no other run uses the folder. A plain `if dist.get_rank() == 0` would
+    # not do: if the folder is in use, rank 0 exits, and the others would wait for it. call_on has
+    # all ranks exit together.
     call_on(dist.get_rank() == 0, utils.lock_folder, args.checkpoint_dir)
 
     # Step 2: one rank of each machine downloads the data; then all of them read it.
@@ -130,39 +134,39 @@ def train(args: Namespace) -> int | None:
 
     # Step 3: wrap the model. This sends rank 0's weights to all ranks. `ddp` shares the weights of
     # `model`, which the optimizer has. If a loss was computed with `ddp`, loss.backward() also
-    # averages the gradients over the ranks. (gradient_as_bucket_view only saves memory.)
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # averages the gradients over the ranks.
+    ddp = DistributedDataParallel(model)
 
-    # Step 4: deal the images out. Each rank loads its own share of them.
+    # Step 4: give each rank its share of the images.
     sampler = ResumableSampler(train_set, seed=args.seed)
     loader = make_loader(train_set, args.batch_size, sampler)
 
-    # A signal would end this process at once. From here on, `stop` only notes signals, until all
-    # ranks can save together.
+    # A signal would end this process at once. From here on it is only noted in `stop`, so that all
+    # ranks can end after the same step, and save.
     stop = utils.catch_stop_signals()
-    # An earlier process may have been stopped before it had evaluated its last epoch.
-    evaluate_last_epoch(run, test_set)
+    # An earlier process may have been stopped between an epoch and its evaluation.
+    evaluate_if_due(run, test_set)
     while run.progress.epoch < args.epochs:
         # Step 5: without set_epoch, each epoch would repeat the order of the first.
         sampler.set_epoch(run.progress.epoch, start=run.progress.images_done)
         if hasattr(train_set, "set_epoch"):
             # Random changes of the images, too, are drawn anew for each epoch.
             train_set.set_epoch(run.progress.epoch)
-        # Step 6: train to the end of the epoch, or until a rank is asked to stop.
+        # Step 6: train to the end of the epoch, or until a rank gets a signal to stop.
         train_epoch(run, ddp, loader, stop)
         # Step 7: rank 0 saves, before the evaluation, which may fail or take long.
         path = save(run)
-        # True if `train_epoch` has ended early, or if a signal has come since then.
+        # This is true if `train_epoch` has ended early, or if a signal has come since then.
         if any_rank(stop.is_requested()):
             print0(f"stopped; {path} has all progress: rerun to resume")
-            # utils.run_rank ends the process by this signal. If only another rank got one, this
-            # rank ends by SIGTERM.
-            return stop.number or signal.SIGTERM
-        evaluate_last_epoch(run, test_set)
+            # utils.run_rank ends the process by this signal; by SIGTERM, if only another rank
+            # got one.
+            return stop.signum or signal.SIGTERM
+        evaluate_if_due(run, test_set)
     accuracy = run.progress.history[-1]["test_accuracy"]
     print0(f"finished   {run.progress.epoch} epochs, test accuracy {accuracy:.2%}")
-    # A signal may have come in the last evaluation.
-    return stop.number
+    # A signal may have come in the last evaluation. Nothing is left on which ranks must agree.
+    return stop.signum
 
 
 # ---------------------------------------------------------------- what you may want to replace
@@ -175,6 +179,7 @@ def build_model(train_set: SizedDataset) -> nn.Module:
 
 def build_optimizer(model: nn.Module, peak: float) -> Optimizer:
     """Return the optimizer; each group of parameters may have a peak learning rate of its own."""
+    # `fused` updates all weights in one operation.
     return AdamW(model.parameters(), lr=peak, betas=(0.8, 0.95), fused=True)
 
 
@@ -187,10 +192,11 @@ def compute_loss(
     batch, an output or the loss is.
     """
     images, labels = batch
+    # non_blocking: the CPU goes on while a GPU fetches the batch (see pin_memory in data.py).
     images = images.to(device, non_blocking=True)
     labels = labels.to(device, non_blocking=True)
     logits = model(images)
-    # The test loss is not smoothed, so it is smaller than the train loss.
+    # The test loss is not smoothed, so it cannot be compared with the train loss.
     smoothing = LABEL_SMOOTHING if model.training else 0.0
     loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
     return loss, logits.argmax(1) == labels
@@ -205,36 +211,39 @@ def train_epoch(
     loader: DataLoader,
     stop: utils.StopRequest,
 ) -> None:
-    """Train to the end of the epoch, or until a rank has been asked to stop.
+    """Train to the end of the epoch, or until a rank has got a signal to stop.
 
-    All ranks return after the same step: one that trained on alone would wait in vain.
+    All ranks return after the same step: one that went on alone would wait for the others.
     """
     args = run.args
     progress = run.progress
     # `evaluate` leaves the model in eval mode.
     ddp.train()
     # The sum of the losses of this rank's images since the last `add_up_losses`, and the number of
-    # these images. (A float64 has so many digits that it does not matter when they are added up.)
+    # these images. float64: a resumed run adds them up at other steps, and must get the same sum.
     own_sums = torch.zeros(2, dtype=torch.float64, device=run.device)
     # After a resume, the seconds of an earlier process count, too.
     started = time.monotonic() - progress.seconds
-    for number, batch in enumerate(loader):
-        # DDP does not need this. Only for a resume that is exact to the last bit.
-        settle_buckets(run, ddp, batch)
-        # The last step of an epoch has fewer images. The sampler gives equally many to each rank.
+    for batch_index, batch in enumerate(loader):
+        if not run.buckets_are_settled:
+            # Not needed for DDP; only for a resume that is exact to the last bit. Skip it at first.
+            settle_buckets(run, ddp, batch)
+        # The last step of an epoch has fewer images, but equally many on each rank.
         global_batch = min(args.batch_size * args.world_size, images_left(run))
         set_learning_rate(run, global_batch)
-        own_sums += train_step(run, ddp, batch)
+        loss_and_count = train_step(run, ddp, batch)
+        own_sums += loss_and_count
         progress.images_done += global_batch
         progress.step += 1
         progress.seconds = time.monotonic() - started
 
         is_saving = args.save_every is not None and progress.step % args.save_every == 0
-        # The conditions are the same on all ranks, as they have to be before a collective.
-        if is_saving or number % SYNC_EVERY == 0:
+        # Before a collective, a condition must be the same on all ranks, as this one is.
+        if is_saving or batch_index % SYNC_EVERY == 0:
             add_up_losses(progress, own_sums)
             report_step(run)
             if any_rank(stop.is_requested()):
+                # The epoch is not over, so this does not call `end_epoch`.
                 return
         if is_saving:
             save(run)
@@ -245,7 +254,7 @@ def train_epoch(
 def train_step(run: Run, ddp: DistributedDataParallel, batch: Any) -> Tensor:
     """Take one step; return the sum of the losses of this rank's images, and their number, [2]."""
     loss_and_count = compute_gradients(run, ddp, batch)
-    # The gradients are the same on all ranks now, and so will be the step.
+    # The gradients are the same on all ranks now, so all take the same step.
     # (To clip the gradients, do it here.)
 
     run.optimizer.step()
@@ -257,7 +266,7 @@ def compute_gradients(run: Run, ddp: DistributedDataParallel, batch: Any) -> Ten
     """Compute gradients without a step; return what `train_step` returns."""
     loss, is_right = compute_loss(ddp, batch, run.device)
     # While this runs, DDP gets the gradient of each weight as soon as it is computed, and averages
-    # it over the ranks. As their batches are equally large, in the last step too, that is the
+    # it over the ranks. As all batches of a step are equally large, the mean of their means is the
     # mean over all images.
     loss.backward()
     # The loss is a mean; times the count, it is the sum. Both stay on the device: loss.item() would
@@ -269,11 +278,11 @@ def compute_gradients(run: Run, ddp: DistributedDataParallel, batch: Any) -> Ten
 def add_up_losses(progress: Progress, own_sums: Tensor) -> None:
     """Wait for all ranks; add their losses to the progress, and set own_sums to 0.
 
-    DDP averages gradients, never the loss: without this, rank 0 would report its own. Exits if
-    the sum is not finite, or if the ranks had batches of different sizes.
+    DDP averages gradients, never the loss: without this, rank 0 would report its own one. Exits
+    if the sum is not finite, or if the ranks had batches of different sizes.
     """
     dist.all_reduce(own_sums)
-    # From here on, the numbers are equal on all ranks, so either all of them exit, or none.
+    # From here on the numbers are equal on all ranks, so either all of them exit, or none.
     loss_sum, count = own_sums.tolist()
     own_sums.zero_()
     if not math.isfinite(loss_sum):
@@ -281,20 +290,18 @@ def add_up_losses(progress: Progress, own_sums: Tensor) -> None:
         utils.exit_together(problem)
     progress.loss_sum += loss_sum
     progress.loss_count += int(count)
+    # A sampler or a loader of your own may break what the mean of means needs.
     if progress.loss_count != progress.images_done:
         numbers = f"{progress.loss_count} instead of {progress.images_done} images"
         utils.exit_together(f"{numbers}: the ranks need equally large batches")
 
 
 def report_step(run: Run) -> None:
-    """Print steps, train loss, speed and the time left, but only every LOG_SECONDS."""
-    now = time.monotonic()
-    if now < run.last_line + LOG_SECONDS:
-        return
-    run.last_line = now
+    """Report steps, train loss, speed and the time left, at times."""
     args = run.args
     progress = run.progress
     global_batch = args.batch_size * args.world_size
+    # Each rank takes train_size // world_size images.
     steps_per_epoch = math.ceil(run.train_size // args.world_size / args.batch_size)
     steps_left = math.ceil(images_left(run) / global_batch)
     steps_left += (args.epochs - progress.epoch - 1) * steps_per_epoch
@@ -303,25 +310,35 @@ def report_step(run: Run) -> None:
     time_left = timedelta(seconds=round(steps_left * global_batch / images_per_second))
     speed = f"{images_per_second:,.0f} images/s  {time_left} left"
     steps = f"step {progress.step}/{progress.step + steps_left}"
-    print0(f"{steps}  train loss {loss:.4f}  {speed}")
+    print_at_times(run, f"{steps}  train loss {loss:.4f}  {speed}")
+
+
+def print_at_times(run: Run, text: str) -> None:
+    """Print a line on rank 0, but not more often than every LOG_SECONDS."""
+    now = time.monotonic()
+    if now >= run.last_line + LOG_SECONDS:
+        run.last_line = now
+        print0(text)
 
 
 @torch.no_grad()
 def evaluate(run: Run, test_set: SizedDataset) -> dict[str, float]:
     """Wait for all ranks; return test_loss and test_accuracy of the whole test set."""
-    # Not `ddp`: if a model has buffers, such as the statistics of a batch norm, the forward pass of
-    # `ddp` broadcasts them, and a rank with one batch more than the others would wait in vain.
+    # Not `ddp`, whose forward pass may contain a collective, while the ranks may have different
+    # numbers of batches here.
     model = run.model
     model.eval()
-    # Each rank has taken such statistics from its own images. All evaluate with rank 0's, which
-    # the checkpoint has. (ConvNet has none.)
+    # Only for a model with batch norms, which ConvNet does not have. Each rank has taken their
+    # statistics, which are buffers, from its own images. The checkpoint has those of rank 0.
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
-    # Each image is used once. A DistributedSampler would repeat images until the ranks' shares
-    # are equally large, and the accuracy would depend on the world size.
+    # Each image is used once. A DistributedSampler would repeat some, to make the shares of all
+    # ranks equally large, and so the accuracy would depend on the world size.
     own_items = range(dist.get_rank(), len(test_set), dist.get_world_size())
     sums = torch.zeros(2, dtype=torch.float64, device=run.device)
-    for batch in make_loader(test_set, run.args.batch_size, own_items):
+    loader = make_loader(test_set, run.args.batch_size, own_items)
+    for batch_index, batch in enumerate(loader):
+        print_at_times(run, f"evaluating batch {batch_index + 1}/{len(loader)}")
         loss, is_right = compute_loss(model, batch, run.device)
         sums[0] += loss * len(is_right)
         sums[1] += is_right.sum()
@@ -330,10 +347,10 @@ def evaluate(run: Run, test_set: SizedDataset) -> dict[str, float]:
     return {"test_loss": loss, "test_accuracy": accuracy}
 
 
-def evaluate_last_epoch(run: Run, test_set: SizedDataset) -> None:
-    """Evaluate after an epoch, save again, under the same name, with the results; print them.
+def evaluate_if_due(run: Run, test_set: SizedDataset) -> None:
+    """Evaluate the newest epoch, unless that has been done; save and print the results.
 
-    Does nothing if there is no epoch yet, or if it has been evaluated already.
+    The checkpoint of the epoch is replaced by one that has the results, too.
     """
     history = run.progress.history
     if not history or "test_accuracy" in history[-1]:
@@ -352,7 +369,7 @@ def evaluate_last_epoch(run: Run, test_set: SizedDataset) -> None:
 def images_left(run: Run) -> int:
     """Return how many images of the current epoch are still to be trained on.
 
-    The last ones of an epoch, fewer than there are ranks, go unused.
+    If the last ones are fewer than there are ranks, they go unused in this epoch.
     """
     left = run.train_size - run.progress.images_done
     return left - left % run.args.world_size
@@ -374,21 +391,21 @@ def end_epoch(run: Run) -> None:
 
 
 def set_learning_rate(run: Run, global_batch: int) -> None:
-    """Set the learning rates of the next step: each group's own peak, times one factor.
+    """Set the learning rate of each group for the next step: its own peak, times one factor.
 
-    The factor follows from the number of images seen, so there is no scheduler to save and
-    restore. It rises to 1, and then falls to 0.
+    The factor rises from 0 to 1, and then falls to 0. It follows from the number of images seen,
+    so there is no scheduler to save and restore.
     """
     progress = run.progress
     images_seen = progress.epoch * run.train_size + progress.images_done
-    # The middle of the step counts, so that neither the first nor the last one has a rate of 0.
+    # The middle of the step counts. At its beginning, the first step would have a rate of 0.
     middle_of_step = images_seen + global_batch / 2
     fraction_done = middle_of_step / (run.args.epochs * run.train_size)
     rising = fraction_done / WARM_UP
     falling = (1 - fraction_done) / (1 - WARM_UP)
     factor = min(rising, falling)
     for group in run.optimizer.param_groups:
-        # The first call keeps the rate with which the group was built; later ones find it.
+        # The first call stores the rate that `build_optimizer` has set, and later calls find it.
         peak = group.setdefault("initial_lr", group["lr"])
         group["lr"] = peak * factor
 
@@ -414,7 +431,8 @@ def load_on_every_rank(args: Namespace) -> tuple[str, SizedDataset, SizedDataset
     """
     is_first = utils.local_rank() == 0
     folder = args.data_dir
-    # The last argument says whether to download. The second line begins when the first is done.
+    # The last argument says whether to download. All ranks wait at the end of each line, so the
+    # second one begins when the download is done.
     loaded_first = call_on(is_first, load_data, folder, args.seed, True)
     loaded_later = call_on(not is_first, load_data, folder, args.seed, False)
     # On each rank, one of them is None.
@@ -430,8 +448,8 @@ def load_on_every_rank(args: Namespace) -> tuple[str, SizedDataset, SizedDataset
 def default_learning_rate(args: Namespace, train_size: int) -> float:
     """Return the peak learning rate that suits the global batch.
 
-    It grows with the square root of the batch, as the gradient of a larger one has less noise,
-    up to 256 images. Beyond, larger rates gained nothing, or failed (see tests/README.md).
+    It grows with the square root of the batch, as the gradient of a larger one has less noise.
+    Above 256 images, larger rates did not help (see tests/README.md).
     """
     global_batch = min(args.batch_size * args.world_size, train_size)
     return 0.01 * math.sqrt(min(global_batch, 256) / 128)
@@ -449,15 +467,13 @@ def report_start(run: Run, resumed_from: Path | None) -> None:
 
 
 def settle_buckets(run: Run, ddp: DistributedDataParallel, batch: Any) -> None:
-    """Once in a process, compute gradients and throw them away.
+    """Compute gradients and throw them away, once in a process.
 
     DDP packs gradients into large tensors, its buckets, and packs them differently after the
     first backward pass of a process. The packing decides in which order the ranks' numbers are
     added up, and (a + b) + c may differ from a + (b + c) in the last bit. So the first step of a
     resumed process could differ from the same step of one that was never stopped.
     """
-    if run.buckets_are_settled:
-        return
     buffers = [buffer.clone() for buffer in run.model.buffers()]
     # A model may change its input in place, and the batch is needed once more.
     compute_gradients(run, ddp, copy.deepcopy(batch))
@@ -475,15 +491,15 @@ def settle_buckets(run: Run, ddp: DistributedDataParallel, batch: Any) -> None:
 def save(run: Run) -> Path:
     """Wait until rank 0 has written a checkpoint; return its path.
 
-    Nobody leaves before it is written: when one rank has ended by a signal, the launcher ends
-    the others, even rank 0 in mid-save.
+    Nobody leaves before it is written: when one rank has left, the launcher ends the others, even
+    rank 0 while it is writing.
     """
     progress = run.progress
     # A later checkpoint comes later in the alphabet.
     name = f"epoch{progress.epoch:05d}-image{progress.images_done:09d}.pt"
     path = run.args.checkpoint_dir / name
-    # Bad weights must not replace good checkpoints. The loss cannot tell, as it was computed before
-    # the last step. The weights are equal on all ranks, so either all of them exit, or none.
+    # Bad weights must not replace good checkpoints, and the last step may have made them bad. They
+    # are equal on all ranks, so either all of them exit, or none.
     if not all(weight.isfinite().all() for weight in run.model.parameters()):
         utils.exit_together("the weights are not finite: rerun with a lower --lr")
     is_rank0 = dist.get_rank() == 0
@@ -507,8 +523,8 @@ def checkpoint_of(run: Run) -> dict[str, Any]:
 def weight_names(run: Run) -> list[str | None]:
     """Return the names of the weights, in the order in which the optimizer has them.
 
-    It saves the state of each without its name. In another order, a weight would get that of
-    another one.
+    It saves the state of each without a name. If somebody has changed the order of the layers
+    since then, a weight would get the state of another one.
     """
     names = {weight: name for name, weight in run.model.named_parameters()}
     groups = run.optimizer.param_groups
@@ -523,16 +539,16 @@ def hyperparameters(run: Run) -> dict[str, Any]:
 
 
 def resume(run: Run) -> Path | None:
-    """Wait for all ranks; load the newest undamaged checkpoint of all machines; return its path.
+    """Wait for all ranks; load the newest undamaged checkpoint; return its path, or None.
 
-    Exits if it is of another kind of training.
+    On one machine, rank 0 reads the checkpoint, and all load it. All exit if it does not fit.
     """
-    # One rank of each machine reads its folder, as each machine may have its own disk.
+    # On several machines, one rank of each reads its folder, as each may have a disk of its own.
     folder = run.args.checkpoint_dir
     found = call_on(utils.local_rank() == 0, utils.newest_checkpoint, folder)
     name, saved = found or ("", {})
-    # Rank 0's is not always the newest. After a failure, torchrun can start the ranks again, and
-    # then number 0 may be on another machine, with an empty disk.
+    # Rank 0 does not always have the newest. After a failure, torchrun can start the ranks again,
+    # and then rank 0 may be on another machine, with an empty disk.
     names = gather(name)
     newest = max(names)
     if not newest:
@@ -550,10 +566,11 @@ def load_checkpoint(run: Run, path: Path, saved: dict[str, Any]) -> None:
     try:
         compare_with_saved(run, saved)
         run.model.load_state_dict(saved["model"])
-        # Only the state is loaded. The other entry, "param_groups", stays as it is in the code, so
-        # a weight decay that you have changed counts.
-        state = {"state": saved["optimizer"]["state"]}
-        run.optimizer.load_state_dict(run.optimizer.state_dict() | state)
+        # The other entry, "param_groups", stays as it is in the code, so that a weight decay, for
+        # example, which you have changed since then counts.
+        optimizer_state = run.optimizer.state_dict()
+        optimizer_state["state"] = saved["optimizer"]["state"]
+        run.optimizer.load_state_dict(optimizer_state)
         run.progress = Progress(**saved["progress"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"

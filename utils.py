@@ -1,4 +1,4 @@
-"""What DDP needs around a training loop; below it, what survives failures."""
+"""What DDP needs around a training loop; below `hardening`, what survives failures."""
 
 import contextlib
 import fcntl
@@ -17,11 +17,6 @@ from typing import Any, NoReturn, TextIO
 
 import torch
 import torch.distributed as dist
-
-# Not used here. Its functions take the process group that exists when it is first imported as a
-# default argument, and so keep it for ever. DDP imports it, too, but too late. Then the threads of
-# gloo would still run when the process exits, and could make it abort.
-import torch.distributed.nn
 import torch.multiprocessing as mp
 
 # How long a rank waits for the others before it gives up.
@@ -37,7 +32,7 @@ def init_distributed() -> torch.device:
         torch.cuda.set_device(local_rank)
         dist.init_process_group("nccl")
     """
-    # For speed and safety. DDP does not need it.
+    # For speed and safety. DDP does not need it: skip it at first.
     prepare_process()
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank())
@@ -48,8 +43,8 @@ def init_distributed() -> torch.device:
     else:
         device = torch.device("cpu")
         backend = "gloo"
-    # The store is a table that all ranks can read and write. In it, each leaves its address for
-    # the others. The launcher has said where the store is.
+    # The store is a table that all ranks can read and write, in which each leaves its address for
+    # the others. The launcher has set variables that say where it is.
     store, rank, world_size = open_store()
     dist.init_process_group(
         backend,
@@ -57,7 +52,7 @@ def init_distributed() -> torch.device:
         rank=rank,
         world_size=world_size,
         timeout=TIMEOUT,
-        # With it, nccl connects here, where a failure is easy to understand.
+        # nccl then connects here, and not in the first collective: a failure is easier to read.
         device_id=device if device.type == "cuda" else None,
     )
     return device
@@ -69,7 +64,7 @@ def has_launcher() -> bool:
 
 
 def local_rank() -> int:
-    """Return the number of this process on its machine, from its launcher, or 0."""
+    """Return the index of this process on its machine, from its launcher, or 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -103,7 +98,7 @@ def gather(item: Any) -> list[Any]:
 def broadcast(item: Any, source: int = 0) -> Any:
     """Wait for the rank `source`; return its `item` on all ranks."""
     items = [item]
-    # On the other ranks, this overwrites the item.
+    # On the other ranks, this replaces the item in the list.
     dist.broadcast_object_list(items, src=source)
     return items[0]
 
@@ -119,15 +114,15 @@ def any_rank(condition: bool) -> bool:
 def call_on(is_chosen: bool, function: Callable[..., Any], *args: Any) -> Any:
     """Call function(*args) on the chosen ranks, and wait for all ranks.
 
-    Returns what the function returns, and None on the other ranks. For problems that a user can
-    mend, functions here raise SystemExit with a text. If one does so on one rank, all ranks
-    exit, and rank 0 prints the text. The mistake that this prevents:
+    Returns what the function returns, and None on the other ranks. It prevents this mistake:
 
         if dist.get_rank() == 0:
             save(...)   # The disk is full: rank 0 exits here.
-        dist.barrier()  # Here the others wait for rank 0, in vain.
+        dist.barrier()  # Here the others wait for rank 0, until TIMEOUT.
 
-    After any other exception, that rank ends with a traceback, and its launcher ends the others.
+    For problems that a user can mend, functions in these scripts raise SystemExit with a text. If
+    one does so on any rank, rank 0 prints the text, and all ranks exit. After any other exception,
+    that rank ends with a traceback, and its launcher ends the others.
     """
     result = None
     problem = None
@@ -146,18 +141,17 @@ def exit_together(problem: str) -> NoReturn:
     """Have rank 0 print one line, and exit. All ranks must call it."""
     if dist.get_rank() == 0:
         print_line(f"error: {problem}", sys.stderr)
-    # Otherwise torchrun could end rank 0 before it has printed, as another rank has left.
+    # If another rank exited first, torchrun could end rank 0 before it has printed.
     dist.barrier()
     sys.exit(1)
 
 
 # ================================================================ hardening
-# Nothing below is needed to understand DDP. It keeps a process fast and its results repeatable,
-# checkpoints whole, and it has processes start and end in order.
+# Nothing below is needed to understand DDP. It is for programs that run for hours: results that can
+# be repeated, checkpoints that stay whole, processes that start and end in order.
 #
-# A process can handle a signal by a function of its own, which Python calls with the number of the
-# signal and the current frame; it can ignore it (SIG_IGN); or it can leave it to the system
-# (SIG_DFL), which ends the process.
+# A process can handle a signal by a function of its own; it can ignore it (SIG_IGN); or it can
+# leave it to the system (SIG_DFL), which then ends the process.
 
 # ---------------------------------------------------------------- setting up a process
 
@@ -165,21 +159,26 @@ def exit_together(problem: str) -> NoReturn:
 def prepare_process() -> None:
     """Set up signals, threads, network and GPU of a rank."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # When its parent, torchrun, is killed, Linux shall send this process SIGTERM. Otherwise it
+        # Have Linux send this process SIGTERM when its parent, torchrun, is killed. Otherwise it
         # would train on.
         mp._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
-    # A command with & at its end, in a script, is started with SIGINT ignored. It stays ignored.
+    # If it is ignored, it stays so: in a script, a shell starts commands that end with & like this.
     if has_launcher() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        # Until there is something to save, Ctrl-C ends this process at once. Python's own handler
-        # runs between lines of Python, so not while C++ waits for other ranks.
+        # Until there is something to save, Ctrl-C ends this process at once, even while C++ code
+        # waits for other ranks. Python's own handler would have to wait for that code.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Nothing of it is used here. DDP imports it, too, but when there is a process group already.
+    # Its functions would have that as a default argument, and so keep gloo's threads, which could
+    # abort this process at its exit.
+    from torch.distributed import nn  # noqa: F401
+
     if not os.environ.get("OMP_NUM_THREADS"):
-        # One thread per rank. Several would waste cores by waiting for one another. To use more
-        # cores, start more ranks.
+        # Several threads would waste cores by waiting for one another. To use more cores, start
+        # more ranks.
         torch.set_num_threads(1)
     if is_single_machine():
-        # Only this machine may connect, by the network interface that leads back to it. gloo would
-        # listen at the address of the host name, where others could reach it.
+        # Use the network interface that leads back to this machine. Otherwise gloo would listen at
+        # the address of the host name, where other machines could connect.
         loopback = "lo" if sys.platform == "linux" else "lo0"
         os.environ["GLOO_SOCKET_IFNAME"] = loopback
         os.environ["NCCL_SOCKET_IFNAME"] = loopback
@@ -187,7 +186,7 @@ def prepare_process() -> None:
         prepare_gpu()
     else:
         # Otherwise the threads of this process interrupt one another, and two ranks on two cores
-        # take 1.5 times as long. macOS lacks the call, and a sandbox may refuse it.
+        # take 1.5 times as long. (macOS lacks the call, and a sandbox may refuse it.)
         with contextlib.suppress(AttributeError, OSError):
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
@@ -220,12 +219,12 @@ def open_store() -> tuple[dist.Store, int, int]:
     refuse_unsafe_restarts()
     # "env://" means MASTER_ADDR and MASTER_PORT, which torchrun sets. `launch` sets a file instead.
     init_method = os.environ.get("TRAIN_DDP_STORE", "env://")
-    # rendezvous is a generator, but has one item only.
+    # rendezvous is a generator with a single item.
     store, rank, world_size = next(dist.rendezvous(init_method, timeout=TIMEOUT))
     if is_single_machine():
-        # After each restart by torchrun, the ranks use other keys, so that they do not find the
-        # addresses of dead ones. (Several machines may count restarts differently, see
-        # github.com/pytorch/pytorch/issues/135712.)
+        # torchrun can start all ranks again, with the same store, when one has failed. With a
+        # prefix in each key, they do not find the addresses of the dead ones. (Several machines may
+        # count restarts differently, see github.com/pytorch/pytorch/issues/135712.)
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(restarts, store)
     store.set_timeout(TIMEOUT)
@@ -233,7 +232,7 @@ def open_store() -> tuple[dist.Store, int, int]:
 
 
 def refuse_unsafe_restarts() -> None:
-    """Exit if torchrun would restart the ranks of several machines with one and the same store."""
+    """Exit if restarted ranks on several machines would find the addresses of dead ones."""
     keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     can_restart = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if keeps_store and can_restart and not is_single_machine():
@@ -255,15 +254,15 @@ def lock_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Not open(..., "w"): if .lock is a link, that would empty the file to which it leads. The
-        # file stays open, as to close it would end the lock.
+        # Not open(..., "w"), which would empty a file to which a link of this name leads. It stays
+        # open, as to close it would end the lock.
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         fix = "delete a .lock of another user, or choose another --checkpoint_dir"
         raise SystemExit(f"cannot write to the checkpoint folder ({error}): {fix}")
     try:
-        # Not flock, whose lock would be inherited by loader workers: they can outlive a rank that
-        # was killed.
+        # LOCK_NB: do not wait for the lock. Not flock, whose lock loader workers would inherit:
+        # they can outlive a rank that was killed.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise SystemExit(f"another run uses {folder}: choose another --checkpoint_dir")
@@ -275,16 +274,16 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, even if the power fails; raises OSError."""
     # The name is always the same, so that the next save replaces what a killed one has left.
     temporary = path.with_name(".tmp-checkpoint")
-    # If somebody has put a link there, to open it would overwrite what it leads to.
+    # Not opened if it is there already: through a link, another file would be overwritten.
     temporary.unlink(missing_ok=True)
     with temporary.open("xb") as file:
         file.write(content)
         file.flush()
-        # Wait until the content is on the disk. Otherwise the new name could be there first.
+        # Wait until the content is on the disk. Otherwise the new name could be there before it.
         os.fsync(file.fileno())
     temporary.replace(path)
-    # Wait until the new name is on the disk. Otherwise the deletion of older files could be there
-    # first. Some network file systems refuse to wait.
+    # Wait until the new name is on the disk, before older files are deleted. Some network file
+    # systems refuse to wait.
     directory = os.open(path.parent, os.O_RDONLY)
     with contextlib.suppress(OSError):
         os.fsync(directory)
@@ -322,7 +321,8 @@ def decode_checkpoint(content: bytes) -> dict[str, Any]:
     Raises pickle.UnpicklingError if it holds more than tensors and plain values, and anything
     at all if it is damaged.
     """
-    # torch.load does not compare the checksums in the file: it would load a flipped bit.
+    # The file is a zip archive. torch.load does not compare its checksums: it would load a flipped
+    # bit.
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         damaged = archive.testzip()
         if damaged is not None:
@@ -341,7 +341,7 @@ def newest_checkpoint(folder: Path) -> tuple[str, dict[str, Any]] | None:
         try:
             return path.name, decode_checkpoint(path.read_bytes())
         except (OSError, MemoryError) as error:
-            # It may be whole, and an older one would lose what was trained since then.
+            # The file may be whole, and an older one would lose what was trained since then.
             raise SystemExit(f"cannot read {path} ({error!r}): rerun when that works")
         except Exception as error:  # noqa: BLE001 (damage can raise anything)
             reason = str(error).partition("\n")[0]
@@ -353,66 +353,66 @@ def newest_checkpoint(folder: Path) -> tuple[str, dict[str, Any]] | None:
 
 # ---------------------------------------------------------------- stop signals
 
-# Ctrl-C, the usual request to end, a closed terminal, and the warnings of Slurm (sbatch
-# --signal=USR1@120), SGE (SIGUSR2) and LSF (SIGXCPU) before the time is up.
+# Ctrl-C, the usual request to end, a closed terminal, and the warnings of cluster schedulers before
+# the time is up: Slurm (sbatch --signal=USR1@120), SGE (SIGUSR2) and LSF (SIGXCPU).
 STOP_NAMES = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
 STOP_SIGNALS = [signal.Signals[name] for name in STOP_NAMES]
 
 
 class StopRequest:
-    """The number of the first stop signal that this process got, or None, and its time."""
+    """The first stop signal that this process has got, and when."""
 
-    number: int | None = None
+    signum: int | None = None
     time = 0.0
 
     def is_requested(self) -> bool:
-        return self.number is not None
+        return self.signum is not None
 
-    def receive(self, number: int, frame: Any) -> None:
+    def receive(self, signum: int, frame: Any) -> None:
         """Note the first signal; raise KeyboardInterrupt if Ctrl-C comes after it."""
         now = time.monotonic()
-        if self.number is None:
-            self.number = number
+        if self.signum is None:
+            self.signum = signum
             self.time = now
         # Within a second it is the same Ctrl-C, which terminals and `timeout` send twice.
-        elif number == signal.SIGINT and now - self.time > 1:
+        elif signum == signal.SIGINT and now - self.time > 1:
             raise KeyboardInterrupt
 
 
 def catch_stop_signals() -> StopRequest:
     """From now on, have stop signals noted instead of ending this process."""
     stop = StopRequest()
-    for number in STOP_SIGNALS:
-        # nohup, and & in a script, start programs with some signals ignored. Those stay so.
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, stop.receive)
+    for signum in STOP_SIGNALS:
+        # nohup, and & in a script, start programs with some signals ignored, which stay so.
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, stop.receive)
     return stop
 
 
 def ignore_stop_signals(worker_id: int) -> None:
-    """Leave it to the rank to stop, in one of its loader workers.
+    """In a loader worker, ignore stop signals, as its rank handles them.
 
-    Terminals and launchers send a signal to a rank and to its workers. A worker that died of it
-    would take its rank down with an exception, before that could save.
+    Terminals and launchers send them to a rank and to its workers. If a worker ended, its rank
+    would fail before it could save.
     """
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
-def die_of(number: int) -> NoReturn:
+def die_of(signum: int) -> NoReturn:
     """End this process by a signal, as other programs end when they are stopped.
 
-    So a shell sees that it was stopped: Ctrl-C ends a `for` loop, not only the command in it.
+    A shell then sees that it was stopped: Ctrl-C ends a `for` loop, not only the command in it.
     """
-    # A notebook, or an interactive interpreter, has sys.ps1. It must not be ended itself.
+    # A notebook, or an interactive interpreter, has sys.ps1, and must not be ended itself.
     if not hasattr(sys, "ps1"):
-        # What your own code has printed may still be in a buffer, which would be lost.
+        # What your own code has printed may still be in a buffer.
         with contextlib.suppress(OSError):
             print(end="", flush=True)
         # Without our own handler, the signal ends this process.
-        signal.signal(number, signal.SIG_DFL)
-        signal.raise_signal(number)
-    sys.exit(128 + number)
+        signal.signal(signum, signal.SIG_DFL)
+        signal.raise_signal(signum)
+    sys.exit(128 + signum)
 
 
 # ---------------------------------------------------------------- starting and ending ranks
@@ -421,26 +421,26 @@ def die_of(number: int) -> NoReturn:
 def run_rank(train: Callable[[Any], int | None], args: Any) -> None:
     """Call train(args) in this process. If a signal has stopped it, end by that signal."""
     try:
-        number = train(args)
+        signum = train(args)
     except KeyboardInterrupt:
         # The second Ctrl-C. This ends the process at once, without `finally`.
         die_of(signal.SIGINT)
     except SystemExit as error:
-        # `exit_together` raises it. The traceback has `train`, and so its DDP, which has to be
-        # gone before the process group is destroyed.
+        # From `exit_together`. Its traceback would keep the variables of `train`, and so DDP, which
+        # has to go before its process group.
         raise error.with_traceback(None)
     except Exception as error:
         if not has_launcher():
             raise
-        # Print the traceback, and end at once, too. A normal exit, and `finally`, could wait for
-        # the other ranks, which may wait for this one in a collective.
+        # Print the traceback, and end at once, without `finally`, too: that could wait for other
+        # ranks, which may wait for this one in a collective.
         sys.excepthook(type(error), error, error.__traceback__)
         os._exit(1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if number is not None:
-        die_of(number)
+    if signum is not None:
+        die_of(signum)
 
 
 def launch(train: Callable[[Any], int | None], args: Any) -> None:
@@ -449,18 +449,18 @@ def launch(train: Callable[[Any], int | None], args: Any) -> None:
     If this process is asked to stop, it asks them to, and in the end dies of the same signal.
     """
     stop = catch_stop_signals()
-    # The ranks meet in a file. A port could be taken, or be reached by others.
+    # The store of the ranks is a file. A port could be taken, or be reached by others.
     with tempfile.TemporaryDirectory(prefix="train_ddp-") as folder:
         # In each process, mp.spawn calls run_spawned_rank(rank, *arguments).
         arguments = (train, args, f"file://{folder}/store", os.getpid())
-        # The terminal sends Ctrl-C to the ranks, too. They inherit that it is ignored, and go on
-        # ignoring it: this process asks them to stop by SIGTERM.
+        # The terminal sends Ctrl-C to the ranks, too. They inherit that it is ignored, and leave it
+        # so, as this process asks them to stop by SIGTERM.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         context = mp.spawn(run_spawned_rank, arguments, args.world_size, join=False)
         signal.signal(signal.SIGINT, handler)
         wait_for_ranks(context, stop)
-    if stop.number is not None:
-        die_of(stop.number)
+    if stop.signum is not None:
+        die_of(stop.signum)
 
 
 def wait_for_ranks(context: mp.ProcessContext, stop: StopRequest) -> None:
@@ -483,8 +483,8 @@ def wait_for_ranks(context: mp.ProcessContext, stop: StopRequest) -> None:
         for process in context.processes:
             process.kill()
     except mp.ProcessExitedException as error:
-        # A rank that has stopped, and saved, ends by a signal, as this process will. Python gives
-        # the number of the signal as a negative exit code.
+        # A rank that has stopped, and saved, ends by a signal, as this process will. Its exit code
+        # is then the number of the signal, made negative.
         if stop.is_requested() and -error.exit_code in STOP_SIGNALS:
             return
         # With 1, the rank has printed its error already.
@@ -497,10 +497,10 @@ def run_spawned_rank(
     rank: int, train: Callable[[Any], int | None], args: Any, store: str, launcher: int
 ) -> None:
     """Be one of the processes that `launch` has started."""
-    # When its parent, the launcher, is killed, Linux shall send this process SIGTERM.
+    # Have Linux send this process SIGTERM when its parent, the launcher, is killed.
     mp._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
     if os.getppid() != launcher:
-        # It was killed before the line above could have an effect.
+        # That was before the line above, and this process has got another parent.
         sys.exit(1)
     # torchrun sets the same variables, except for the last one.
     os.environ["RANK"] = str(rank)

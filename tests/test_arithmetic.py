@@ -320,7 +320,7 @@ def evaluate_some(counts: list[int]) -> list[dict]:
     files = MNIST(SAMPLE, train=False)
     torch.manual_seed(0)
     model = nn.Sequential(ConvNet(), nn.Dropout(0.5))
-    run = Namespace(model=model, device=torch.device("cpu"))
+    run = Namespace(model=model, device=torch.device("cpu"), last_line=torch.inf)
     run.args = Namespace(batch_size=64)
     results = []
     for count in counts:

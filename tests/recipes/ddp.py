@@ -18,7 +18,7 @@ torch.manual_seed(0)
 model = nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
 ddp = nn.parallel.DistributedDataParallel(model.to(device))  # Step 3: equal weights.
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-sampler = DistributedSampler(data)  # Step 4: it shuffles, and deals out to the ranks.
+sampler = DistributedSampler(data)  # Step 4: each rank's share, shuffled.
 loader = DataLoader(data, batch_size=64, sampler=sampler)
 for epoch in range(3):
     sampler.set_epoch(epoch)  # Step 5: without it, all epochs have one order.

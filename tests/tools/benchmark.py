@@ -77,7 +77,7 @@ def measure_as_rank(args: SimpleNamespace) -> None:
     flags = SimpleNamespace(epochs=1, batch_size=BATCH, world_size=world_size)
     flags.save_every = None
     run = train_ddp.Run(flags, device, "", size, model, optimizer)
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallel(model)
     arms = create_arms(run, ddp, train_set)
     rates = time_arms(arms, blocks, BATCH * steps)
     if dist.get_rank() == 0:

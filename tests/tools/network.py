@@ -70,7 +70,7 @@ def measure() -> None:
     for name, model in ("narrow", narrow), ("wide", wide):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         run = Run(None, torch.device("cpu"), "", 0, model, optimizer)
-        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        ddp = DistributedDataParallel(model)
         settle_buckets(run, ddp, batches[0])
         arms[name] = lambda batch, d=ddp, r=run: train_step(r, d, batch)
     small, large = torch.zeros(SMALL), torch.zeros(LARGE)
