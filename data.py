@@ -17,13 +17,13 @@ import utils
 # (The mean and the deviation of its pixels are in model.py.)
 DATASET = "MNIST"
 SAMPLE_DIR = Path(__file__).resolve().parent / "tests" / "mnist_sample"
-# Training moves each image by so many pixels at most, in each direction.
+# Training moves each image by at most so many pixels, in each direction.
 MAX_SHIFT = 1
 # How many processes load data for each rank. With 0, it loads them itself, which is enough for
 # data in memory. If each item is read from a file, try 4.
 LOADER_WORKERS = 0
 
-# For a data set: anything with __len__ and __getitem__. (torch's type Dataset has no __len__.)
+# Anything with __len__ and __getitem__. (torch's own type, Dataset, has no __len__.)
 SizedDataset = Any
 
 
@@ -37,10 +37,10 @@ def load_data(
 
     - Items may be anything that `compute_loss` in train_ddp.py understands. Here an item is an
       image and the number of its class, an int.
-    - The numbers of classes must be the same in each process and in both sets. Sort the names
-      of the classes: a `set` of strings has another order in each process.
-    - If items change at random, the training set needs a `set_epoch`, as `Digits` has it.
-    - If you split one data set in two, do it with `seed`, which all ranks share.
+    - A class must have the same number in each process, and in both sets. Sort the names of the
+      classes: a `set` of strings has another order in each process.
+    - If items change at random, the training set needs a `set_epoch`, like that of `Digits`.
+    - If you split one data set in two, draw the split with `seed`, which all ranks share.
     - First, one rank of each machine calls this function, with download=True. When that is done,
       the others call it with False. They wait for utils.TIMEOUT at most.
     """
@@ -71,7 +71,7 @@ def has_all_files(data_dir: Path) -> bool:
 
 def download_files(dataset: Any, data_dir: Path) -> None:
     """Have torchvision download the files; if it cannot, warn that the sample is used."""
-    # Otherwise a firewall that drops packets would cost minutes.
+    # Give up after 10 s without an answer: a firewall that drops packets would cost minutes.
     socket.setdefaulttimeout(10)
     try:
         dataset(data_dir, download=True)
@@ -93,7 +93,7 @@ class Digits(Dataset):
     def __init__(self, images: Tensor, labels: Tensor, seed: int) -> None:
         """Take images, uint8 [N, 28, 28], and labels, an integer type [N]."""
         self.height, self.width = images.shape[1:]
-        # At the left, the right, the top and the bottom.
+        # A black border on all four sides.
         self.padded = F.pad(images, [MAX_SHIFT] * 4)
         self.labels = labels.tolist()
         self.seed = seed
@@ -105,9 +105,11 @@ class Digits(Dataset):
         """Draw new shifts for all images.
 
         They follow from the seed and the epoch alone, so an image has the same shift on any
-        rank, and after a resume. Random transforms usually draw from the global generator. But
-        all ranks have seeded it alike, so all would draw the same transforms, and a resumed
-        training would draw those of its start again.
+        rank, and after a resume.
+
+        Random transforms usually draw from the global generator. But all ranks have seeded it
+        alike, so all would draw the same transforms; and a resumed training would draw those of
+        its start again.
         """
         generator = torch.Generator().manual_seed(self.seed + epoch)
         size = (len(self), 2)
@@ -118,9 +120,9 @@ class Digits(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        down, right = self.shifts[index]
-        rows = slice(down, down + self.height)
-        columns = slice(right, right + self.width)
+        top, left = self.shifts[index]
+        rows = slice(top, top + self.height)
+        columns = slice(left, left + self.width)
         return self.padded[index, rows, columns], self.labels[index]
 
 
@@ -135,16 +137,16 @@ class ResumableSampler(DistributedSampler):
 
     All shares are equally large, as a rank with one batch more would wait for the gradients of
     the others. (DistributedSampler repeats 3 and 8 instead, to fill up the shares.) A training
-    that was stopped at the bar goes on with start=6, even with two ranks:
+    that was stopped at the bar goes on with start=6; here with two ranks instead of three:
 
         rank 0 takes  7 6
         rank 1 takes  2 4
 
-    A script of your own that never resumes can use DistributedSampler itself. It has self.seed
-    and self.epoch; and self.rank and self.num_replicas (the world size), from the process group.
+    A script of your own that never resumes can use DistributedSampler itself. From it, this class
+    has self.seed, self.epoch, self.rank and self.num_replicas (the world size).
     """
 
-    dataset: SizedDataset  # This says to type checkers that it has a length.
+    dataset: SizedDataset  # This tells type checkers that it has a length.
     # The number of items of the epoch that all ranks together have finished.
     start = 0
 
@@ -157,7 +159,7 @@ class ResumableSampler(DistributedSampler):
         return (len(self.dataset) - self.start) // self.num_replicas
 
     def __iter__(self) -> Iterator[int]:
-        # All ranks draw the same order; it is also DistributedSampler's own.
+        # All ranks draw the same order; DistributedSampler would draw it, too.
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(self.dataset), generator=generator)
         own_items = order[self.start + self.rank :: self.num_replicas]
@@ -181,6 +183,7 @@ def make_loader(
         sampler=sampler,
         num_workers=LOADER_WORKERS,
         multiprocessing_context="fork" if forks else None,
+        # Their rank handles signals.
         worker_init_fn=utils.ignore_stop_signals,
         # The system never moves pinned memory elsewhere, so a GPU can fetch a batch from it while
         # the CPU goes on (non_blocking=True).

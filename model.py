@@ -15,7 +15,7 @@ class ConvNet(nn.Module):
     that two ranks with 32 images each would no longer compute what one rank computes with 64.
     Use nn.GroupNorm instead; or, on GPUs, nn.SyncBatchNorm.convert_sync_batchnorm.
 
-    It has no dropout either. All ranks have the same seed, so they would drop the same units;
+    It has no dropout either. `train` seeds all ranks alike, so they would drop the same units;
     and a resumed training would drop the same units as at its start.
     """
 

@@ -2,10 +2,10 @@
 
 examples:
   torchrun --nproc_per_node=2 train_ddp.py --epochs 3 --batch_size 64
-  python train_ddp.py --world_size 2
+  python train_ddp.py --world_size 2    # the same, without torchrun
 """
 
-# Several processes train together. Each has memory of its own, and in it a copy of the model. Each
+# Several processes train together. Each has its own memory, with its own copy of the model. Each
 # runs `train` below on its own images. In each backward pass they average their gradients, so that
 # the copies stay equal.
 #
@@ -14,15 +14,17 @@ examples:
 # global batch: the images of all ranks in one step, batch_size * world_size of them.
 # local rank: the index of a process on its machine; it chooses the GPU. On two machines with four
 #     GPUs each, rank 5 has the local rank 1.
-# launcher: what starts the ranks: torchrun, which is run once on each machine, or this script.
-#     It tells each rank these numbers by environment variables: RANK, LOCAL_RANK, WORLD_SIZE.
-# process group: the ranks that can reach one another. torch keeps it in a global variable.
+# launcher: the program that starts the ranks: torchrun, once on each machine, or this script. It
+#     tells each rank these numbers by environment variables: RANK, LOCAL_RANK, WORLD_SIZE.
+# process group: the ranks that can reach one another. torch keeps it in a global variable, so
+#     dist.get_rank() needs no argument.
 # backend: the library that carries their messages: gloo between CPUs, nccl between NVIDIA GPUs.
-# collective: an operation that all ranks must call, in the same order, as each waits for the
-#     others. If only some call it, they wait until utils.TIMEOUT. So a function that contains a
-#     collective, as train_epoch, evaluate and save do, must be called by all ranks, too.
-# all-reduce: the collective that replaces a tensor of each rank by the sum of all of them.
+# collective: an operation that all ranks must call, in the same order, because each waits for the
+#     others. If only some call it, they wait for 10 minutes (utils.TIMEOUT), and fail. So all ranks
+#     must also call a function that contains one, such as train_epoch, evaluate or save.
+# all-reduce: the collective that adds up a tensor of each rank, and gives the sum to all.
 # broadcast: the collective that gives one rank's value to all.
+# barrier: the collective that only waits.
 # DDP: DistributedDataParallel, which all-reduces the gradients, and divides by the world size.
 # signal: a message of the system to a process: SIGINT after Ctrl-C, SIGTERM as a request to end.
 #
@@ -63,21 +65,21 @@ from data import ResumableSampler, SizedDataset, load_data, make_loader
 from model import ConvNet
 from utils import any_rank, broadcast, call_on, gather, print0
 
-# The model learns to give 0.91 to the right class, and 0.01 to each of the nine others.
+# The model learns to give 0.9 + 0.1 / 10 to the right class, and 0.1 / 10 to each other one.
 LABEL_SMOOTHING = 0.1
 # During this fraction of the training the learning rate rises; then it falls.
 WARM_UP = 0.2
 # Every SYNC_EVERY steps the ranks add up their losses, and learn whether one of them got a signal
-# to stop. Lower it if a step takes seconds: torchrun kills a rank 30 s after the signal, and all
-# must be saved by then.
+# to stop. Lower it if a step takes seconds: torchrun kills a rank 30 s after the signal, and the
+# checkpoint must be written by then.
 SYNC_EVERY = 10
-# Then they may also print a line, but not more often than every LOG_SECONDS.
+# A line about steps is printed when this time has passed, however long a step takes.
 LOG_SECONDS = 5
 
 
 @dataclass
 class Progress:
-    """How far the training is. A checkpoint stores all of it."""
+    """How far the training has come. A checkpoint stores all of it."""
 
     epoch: int = 0  # How many epochs have been trained.
     # How many images of the current epoch all ranks together have trained on. Unlike a number of
@@ -85,8 +87,8 @@ class Progress:
     images_done: int = 0
     step: int = 0  # How many optimizer steps have been taken since the start.
     seconds: float = 0.0  # How long the current epoch has been trained.
-    # The sum of the losses of single images in this epoch, and the number of these images. Both
-    # are those of all ranks, and are changed by `add_up_losses` only.
+    # The sum of the losses of single images in this epoch, of all ranks, and the number of these
+    # images. After `add_up_losses`, it is equal to images_done.
     loss_sum: float = 0.0
     loss_count: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # A record per epoch.
@@ -94,7 +96,7 @@ class Progress:
 
 @dataclass
 class Run:
-    """One training: what it was started with, and what changes."""
+    """All that the functions below share: what the training was started with, and what changes."""
 
     args: Namespace
     device: torch.device
@@ -103,8 +105,8 @@ class Run:
     model: nn.Module  # The model itself, not wrapped in DDP.
     optimizer: Optimizer
     progress: Progress = field(default_factory=Progress)
-    buckets_are_settled: bool = False  # See `settle_buckets`.
-    last_line: float = field(default_factory=time.monotonic)  # See `print_at_times`.
+    buckets_are_settled: bool = False  # See `settle_buckets`; not needed at first.
+    last_print: float = field(default_factory=time.monotonic)  # See `print_at_times`.
 
 
 @record  # Optional. torchrun then shows the traceback of the rank that has failed first.
@@ -113,9 +115,8 @@ def train(args: Namespace) -> int | None:
     # Step 1: join the other ranks. The launcher has started them; all run these same lines.
     device = utils.init_distributed()
     args = share_flags(args)
-    # Rank 0 makes sure that no other run uses the folder. A plain `if dist.get_rank() == 0` would
-    # not do: if the folder is in use, rank 0 exits, and the others would wait for it. call_on has
-    # all ranks exit together.
+    # Rank 0 makes sure that no other run uses the folder. With a plain `if dist.get_rank() == 0`,
+    # it would exit alone if one does, and the others would wait for it. With call_on, all exit.
     call_on(dist.get_rank() == 0, utils.lock_folder, args.checkpoint_dir)
 
     # Step 2: one rank of each machine downloads the data; then all of them read it.
@@ -132,40 +133,40 @@ def train(args: Namespace) -> int | None:
     resumed_from = resume(run)
     report_start(run, resumed_from)
 
-    # Step 3: wrap the model. This sends rank 0's weights to all ranks. `ddp` shares the weights of
-    # `model`, which the optimizer has. If a loss was computed with `ddp`, loss.backward() also
-    # averages the gradients over the ranks.
+    # Step 3: wrap the model. This sends rank 0's weights to all ranks. `ddp` has the same weights
+    # as `model`, so the optimizer updates both. If a loss was computed with `ddp`, loss.backward()
+    # also averages the gradients over the ranks.
     ddp = DistributedDataParallel(model)
 
-    # Step 4: give each rank its share of the images.
+    # Step 4: give each rank its share of the images. The sampler asks the process group for it.
     sampler = ResumableSampler(train_set, seed=args.seed)
     loader = make_loader(train_set, args.batch_size, sampler)
 
-    # A signal would end this process at once. From here on it is only noted in `stop`, so that all
+    # Normally a signal ends a process at once. From here on it is only noted in `stop`, so that all
     # ranks can end after the same step, and save.
     stop = utils.catch_stop_signals()
-    # An earlier process may have been stopped between an epoch and its evaluation.
+    # An earlier process may have been stopped after an epoch, before its evaluation.
     evaluate_if_due(run, test_set)
     while run.progress.epoch < args.epochs:
         # Step 5: without set_epoch, each epoch would repeat the order of the first.
         sampler.set_epoch(run.progress.epoch, start=run.progress.images_done)
         if hasattr(train_set, "set_epoch"):
-            # Random changes of the images, too, are drawn anew for each epoch.
+            # The random shifts of the images are drawn anew for each epoch, too.
             train_set.set_epoch(run.progress.epoch)
         # Step 6: train to the end of the epoch, or until a rank gets a signal to stop.
         train_epoch(run, ddp, loader, stop)
         # Step 7: rank 0 saves, before the evaluation, which may fail or take long.
         path = save(run)
-        # This is true if `train_epoch` has ended early, or if a signal has come since then.
+        # True if `train_epoch` has returned early, or if a signal has come since then.
         if any_rank(stop.is_requested()):
             print0(f"stopped; {path} has all progress: rerun to resume")
-            # utils.run_rank ends the process by this signal; by SIGTERM, if only another rank
-            # got one.
+            # utils.run_rank ends the process by the same signal, so that a shell sees that it was
+            # stopped; by SIGTERM, if only another rank got one.
             return stop.signum or signal.SIGTERM
         evaluate_if_due(run, test_set)
     accuracy = run.progress.history[-1]["test_accuracy"]
     print0(f"finished   {run.progress.epoch} epochs, test accuracy {accuracy:.2%}")
-    # A signal may have come in the last evaluation. Nothing is left on which ranks must agree.
+    # A signal may have come in the last evaluation. No any_rank here: all end now, anyway.
     return stop.signum
 
 
@@ -220,13 +221,13 @@ def train_epoch(
     # `evaluate` leaves the model in eval mode.
     ddp.train()
     # The sum of the losses of this rank's images since the last `add_up_losses`, and the number of
-    # these images. float64: a resumed run adds them up at other steps, and must get the same sum.
+    # these images. With float64 it makes no difference at which steps they are added up.
     own_sums = torch.zeros(2, dtype=torch.float64, device=run.device)
     # After a resume, the seconds of an earlier process count, too.
     started = time.monotonic() - progress.seconds
     for batch_index, batch in enumerate(loader):
         if not run.buckets_are_settled:
-            # Not needed for DDP; only for a resume that is exact to the last bit. Skip it at first.
+            # Skip this at first. It is only for a resume that is exact to the last bit.
             settle_buckets(run, ddp, batch)
         # The last step of an epoch has fewer images, but equally many on each rank.
         global_batch = min(args.batch_size * args.world_size, images_left(run))
@@ -238,21 +239,26 @@ def train_epoch(
         progress.seconds = time.monotonic() - started
 
         is_saving = args.save_every is not None and progress.step % args.save_every == 0
-        # Before a collective, a condition must be the same on all ranks, as this one is.
+        # There are collectives below, so the condition must be the same on all ranks. It is true
+        # for batch 0, so that `report_step` has a loss.
         if is_saving or batch_index % SYNC_EVERY == 0:
             add_up_losses(progress, own_sums)
-            report_step(run)
             if any_rank(stop.is_requested()):
-                # The epoch is not over, so this does not call `end_epoch`.
+                # Then `train` saves. The epoch is not over.
                 return
         if is_saving:
             save(run)
+        report_step(run)
+    # Those of the steps since the last time.
     add_up_losses(progress, own_sums)
     end_epoch(run)
 
 
 def train_step(run: Run, ddp: DistributedDataParallel, batch: Any) -> Tensor:
-    """Take one step; return the sum of the losses of this rank's images, and their number, [2]."""
+    """Take one step; return the sum of the losses of this rank's images, and their number.
+
+    Both are in one tensor, float32 [2].
+    """
     loss_and_count = compute_gradients(run, ddp, batch)
     # The gradients are the same on all ranks now, so all take the same step.
     # (To clip the gradients, do it here.)
@@ -263,14 +269,13 @@ def train_step(run: Run, ddp: DistributedDataParallel, batch: Any) -> Tensor:
 
 
 def compute_gradients(run: Run, ddp: DistributedDataParallel, batch: Any) -> Tensor:
-    """Compute gradients without a step; return what `train_step` returns."""
+    """Compute gradients; return what `train_step` returns. (`settle_buckets` needs it, too.)"""
     loss, is_right = compute_loss(ddp, batch, run.device)
-    # While this runs, DDP gets the gradient of each weight as soon as it is computed, and averages
-    # it over the ranks. As all batches of a step are equally large, the mean of their means is the
-    # mean over all images.
+    # While this runs, DDP averages the gradients over the ranks, as soon as they are computed. All
+    # batches of a step are equally large, so the mean of their means is the mean over all images.
     loss.backward()
-    # The loss is a mean; times the count, it is the sum. Both stay on the device: loss.item() would
-    # make the CPU wait for the GPU in each step.
+    # The loss is a mean; times the count, it is the sum. Both are tensors, to be added up on the
+    # device: loss.item() would make the CPU wait for the GPU in each step.
     count = torch.full_like(loss, len(is_right))
     return torch.stack([loss.detach() * count, count])
 
@@ -278,8 +283,8 @@ def compute_gradients(run: Run, ddp: DistributedDataParallel, batch: Any) -> Ten
 def add_up_losses(progress: Progress, own_sums: Tensor) -> None:
     """Wait for all ranks; add their losses to the progress, and set own_sums to 0.
 
-    DDP averages gradients, never the loss: without this, rank 0 would report its own one. Exits
-    if the sum is not finite, or if the ranks had batches of different sizes.
+    DDP averages gradients, never the loss: without this, rank 0 would report its own loss only.
+    Exits if the sum is not finite, or if the ranks had batches of different sizes.
     """
     dist.all_reduce(own_sums)
     # From here on the numbers are equal on all ranks, so either all of them exit, or none.
@@ -290,7 +295,7 @@ def add_up_losses(progress: Progress, own_sums: Tensor) -> None:
         utils.exit_together(problem)
     progress.loss_sum += loss_sum
     progress.loss_count += int(count)
-    # A sampler or a loader of your own may break what the mean of means needs.
+    # With a sampler or a loader of your own, the mean of means could be wrong.
     if progress.loss_count != progress.images_done:
         numbers = f"{progress.loss_count} instead of {progress.images_done} images"
         utils.exit_together(f"{numbers}: the ranks need equally large batches")
@@ -301,10 +306,11 @@ def report_step(run: Run) -> None:
     args = run.args
     progress = run.progress
     global_batch = args.batch_size * args.world_size
-    # Each rank takes train_size // world_size images.
+    # Each rank takes train_size // world_size images of an epoch.
     steps_per_epoch = math.ceil(run.train_size // args.world_size / args.batch_size)
     steps_left = math.ceil(images_left(run) / global_batch)
     steps_left += (args.epochs - progress.epoch - 1) * steps_per_epoch
+    # The loss is as of the last `add_up_losses`.
     loss = progress.loss_sum / progress.loss_count
     images_per_second = progress.images_done / progress.seconds
     time_left = timedelta(seconds=round(steps_left * global_batch / images_per_second))
@@ -316,20 +322,20 @@ def report_step(run: Run) -> None:
 def print_at_times(run: Run, text: str) -> None:
     """Print a line on rank 0, but not more often than every LOG_SECONDS."""
     now = time.monotonic()
-    if now >= run.last_line + LOG_SECONDS:
-        run.last_line = now
+    if now >= run.last_print + LOG_SECONDS:
+        run.last_print = now
         print0(text)
 
 
 @torch.no_grad()
 def evaluate(run: Run, test_set: SizedDataset) -> dict[str, float]:
     """Wait for all ranks; return test_loss and test_accuracy of the whole test set."""
-    # Not `ddp`, whose forward pass may contain a collective, while the ranks may have different
-    # numbers of batches here.
+    # Not `ddp`: its forward pass may contain a collective, and here the ranks may have different
+    # numbers of batches.
     model = run.model
     model.eval()
-    # Only for a model with batch norms, which ConvNet does not have. Each rank has taken their
-    # statistics, which are buffers, from its own images. The checkpoint has those of rank 0.
+    # Only for a model with batch norms, which ConvNet is not: each rank has statistics of its own
+    # images. All evaluate with those of rank 0, which the checkpoint has, too.
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
     # Each image is used once. A DistributedSampler would repeat some, to make the shares of all
@@ -348,21 +354,21 @@ def evaluate(run: Run, test_set: SizedDataset) -> dict[str, float]:
 
 
 def evaluate_if_due(run: Run, test_set: SizedDataset) -> None:
-    """Evaluate the newest epoch, unless that has been done; save and print the results.
+    """Evaluate the newest epoch, if that has not been done yet; save and print the results.
 
-    The checkpoint of the epoch is replaced by one that has the results, too.
+    The checkpoint gets the same name as the one without the results, and so replaces it.
     """
     history = run.progress.history
     if not history or "test_accuracy" in history[-1]:
         return
-    record = history[-1]
-    record.update(evaluate(run, test_set))
+    entry = history[-1]
+    entry.update(evaluate(run, test_set))
     path = save(run)
     print0(
-        f"epoch {record['epoch']}/{run.args.epochs}  "
-        f"train loss {record['train_loss']:.4f}  test loss {record['test_loss']:.4f}  "
-        f"accuracy {record['test_accuracy']:.2%}  "
-        f"{record['images_per_second']:,.0f} images/s  {record['seconds']:.1f} s  {path}"
+        f"epoch {entry['epoch']}/{run.args.epochs}  "
+        f"train loss {entry['train_loss']:.4f}  test loss {entry['test_loss']:.4f}  "
+        f"accuracy {entry['test_accuracy']:.2%}  "
+        f"{entry['images_per_second']:,.0f} images/s  {entry['seconds']:.1f} s  {path}"
     )
 
 
@@ -378,36 +384,40 @@ def images_left(run: Run) -> int:
 def end_epoch(run: Run) -> None:
     """Keep a record of the epoch that has been trained, and begin the next one."""
     progress = run.progress
-    record = {
+    entry = {
         "epoch": progress.epoch + 1,
         "step": progress.step,
         "train_loss": progress.loss_sum / progress.loss_count,
         "seconds": progress.seconds,
         "images_per_second": progress.images_done / progress.seconds,
     }
-    history = [*progress.history, record]
     # What belongs to a single epoch begins at 0 again.
-    run.progress = Progress(progress.epoch + 1, step=progress.step, history=history)
+    run.progress = Progress(
+        epoch=progress.epoch + 1,
+        step=progress.step,
+        history=[*progress.history, entry],
+    )
 
 
 def set_learning_rate(run: Run, global_batch: int) -> None:
     """Set the learning rate of each group for the next step: its own peak, times one factor.
 
-    The factor rises from 0 to 1, and then falls to 0. It follows from the number of images seen,
-    so there is no scheduler to save and restore.
+    The factor is the lower one of two lines, one that rises from 0 to 1, and one that falls to 0.
+    It follows from the number of images seen, so there is no scheduler to save and restore.
     """
     progress = run.progress
     images_seen = progress.epoch * run.train_size + progress.images_done
-    # The middle of the step counts. At its beginning, the first step would have a rate of 0.
+    # The middle of the step counts: at its beginning, the first step would have a rate of 0.
     middle_of_step = images_seen + global_batch / 2
     fraction_done = middle_of_step / (run.args.epochs * run.train_size)
     rising = fraction_done / WARM_UP
     falling = (1 - fraction_done) / (1 - WARM_UP)
     factor = min(rising, falling)
     for group in run.optimizer.param_groups:
-        # The first call stores the rate that `build_optimizer` has set, and later calls find it.
-        peak = group.setdefault("initial_lr", group["lr"])
-        group["lr"] = peak * factor
+        if "initial_lr" not in group:
+            # In the first call it is still the rate that `build_optimizer` has set: the peak.
+            group["initial_lr"] = group["lr"]
+        group["lr"] = group["initial_lr"] * factor
 
 
 # ---------------------------------------------------------------- before the first step
@@ -427,7 +437,7 @@ def share_flags(args: Namespace) -> Namespace:
 def load_on_every_rank(args: Namespace) -> tuple[str, SizedDataset, SizedDataset]:
     """Wait for all ranks; return what load_data returns, with the sizes in the name.
 
-    The first rank of each machine downloads. All at once would damage the files.
+    The first rank of each machine downloads. If all did so at once, they would damage the files.
     """
     is_first = utils.local_rank() == 0
     folder = args.data_dir
@@ -435,9 +445,10 @@ def load_on_every_rank(args: Namespace) -> tuple[str, SizedDataset, SizedDataset
     # second one begins when the download is done.
     loaded_first = call_on(is_first, load_data, folder, args.seed, True)
     loaded_later = call_on(not is_first, load_data, folder, args.seed, False)
-    # On each rank, one of them is None.
+    # On each rank, one of them is None: call_on returns that to ranks that have not called.
     name, train_set, test_set = loaded_first or loaded_later
     name = f"{name}, {len(train_set)} + {len(test_set)} items"
+    # One machine may have the sample only.
     names = sorted(set(gather(name)))
     if len(names) > 1:
         problem = f"the ranks have different data: {'; '.join(names)}"
@@ -448,8 +459,8 @@ def load_on_every_rank(args: Namespace) -> tuple[str, SizedDataset, SizedDataset
 def default_learning_rate(args: Namespace, train_size: int) -> float:
     """Return the peak learning rate that suits the global batch.
 
-    It grows with the square root of the batch, as the gradient of a larger one has less noise.
-    Above 256 images, larger rates did not help (see tests/README.md).
+    It is 0.01 for 128 images, and grows with the square root of their number, because the gradient
+    of a larger batch has less noise. Above 256 images, larger rates did not help.
     """
     global_batch = min(args.batch_size * args.world_size, train_size)
     return 0.01 * math.sqrt(min(global_batch, 256) / 128)
@@ -491,15 +502,15 @@ def settle_buckets(run: Run, ddp: DistributedDataParallel, batch: Any) -> None:
 def save(run: Run) -> Path:
     """Wait until rank 0 has written a checkpoint; return its path.
 
-    Nobody leaves before it is written: when one rank has left, the launcher ends the others, even
+    No rank may end before it is written: when one has ended, the launcher ends the others, even
     rank 0 while it is writing.
     """
     progress = run.progress
     # A later checkpoint comes later in the alphabet.
     name = f"epoch{progress.epoch:05d}-image{progress.images_done:09d}.pt"
     path = run.args.checkpoint_dir / name
-    # Bad weights must not replace good checkpoints, and the last step may have made them bad. They
-    # are equal on all ranks, so either all of them exit, or none.
+    # Bad weights must not replace good checkpoints, and the last step may have spoilt them after
+    # its loss was checked. They are equal on all ranks, so either all of them exit, or none.
     if not all(weight.isfinite().all() for weight in run.model.parameters()):
         utils.exit_together("the weights are not finite: rerun with a lower --lr")
     is_rank0 = dist.get_rank() == 0
@@ -523,8 +534,8 @@ def checkpoint_of(run: Run) -> dict[str, Any]:
 def weight_names(run: Run) -> list[str | None]:
     """Return the names of the weights, in the order in which the optimizer has them.
 
-    It saves the state of each without a name. If somebody has changed the order of the layers
-    since then, a weight would get the state of another one.
+    It saves the state of each weight without its name. If somebody has changed the order of the
+    layers since then, a weight would get the state of another one.
     """
     names = {weight: name for name, weight in run.model.named_parameters()}
     groups = run.optimizer.param_groups
@@ -543,12 +554,13 @@ def resume(run: Run) -> Path | None:
 
     On one machine, rank 0 reads the checkpoint, and all load it. All exit if it does not fit.
     """
-    # On several machines, one rank of each reads its folder, as each may have a disk of its own.
+    # On several machines, one rank of each reads its own folder, which may be on its own disk.
     folder = run.args.checkpoint_dir
     found = call_on(utils.local_rank() == 0, utils.newest_checkpoint, folder)
     name, saved = found or ("", {})
     # Rank 0 does not always have the newest. After a failure, torchrun can start the ranks again,
     # and then rank 0 may be on another machine, with an empty disk.
+    # The names are, for example, ["epoch00001-...", "", "epoch00002-...", ""].
     names = gather(name)
     newest = max(names)
     if not newest:
@@ -566,8 +578,8 @@ def load_checkpoint(run: Run, path: Path, saved: dict[str, Any]) -> None:
     try:
         compare_with_saved(run, saved)
         run.model.load_state_dict(saved["model"])
-        # The other entry, "param_groups", stays as it is in the code, so that a weight decay, for
-        # example, which you have changed since then counts.
+        # The other entry, "param_groups", is taken from the code. So if you have changed the weight
+        # decay, for example, the new value counts.
         optimizer_state = run.optimizer.state_dict()
         optimizer_state["state"] = saved["optimizer"]["state"]
         run.optimizer.load_state_dict(optimizer_state)
@@ -579,7 +591,7 @@ def load_checkpoint(run: Run, path: Path, saved: dict[str, Any]) -> None:
 
 
 def compare_with_saved(run: Run, saved: dict[str, Any]) -> None:
-    """Raise ValueError if another training has been saved; report changed flags."""
+    """Raise ValueError if the checkpoint is of another training; report changed flags."""
     now = hyperparameters(run)
     before = saved["hyperparameters"]
     for name in "seed", "data":
@@ -598,11 +610,11 @@ def compare_with_saved(run: Run, saved: dict[str, Any]) -> None:
 
 
 def parse_args() -> Namespace:
-    """Read the flags. Wrong ones end the process, before it waits for others or writes a file."""
-    # The default: what the launcher has started, or one rank for each GPU.
+    """Read the flags. Wrong ones end the process before it waits for others or writes a file."""
+    # The default of --world_size: what the launcher has started, or one rank for each GPU.
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     world_size = int(os.environ.get("WORLD_SIZE", max(gpus, 1)))
-    # Without a usage text, a wrong flag gets one line.
+    # SUPPRESS: after a wrong flag, print one line, and not a list of all flags.
     parser = ArgumentParser(
         usage=SUPPRESS, description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
@@ -610,7 +622,7 @@ def parse_args() -> Namespace:
     parser.add_argument("--batch_size", type=int, default=64, help="per rank (64)")
     parser.add_argument("--world_size", type=int, default=world_size, help="ranks")
     parser.add_argument("--lr", type=float, help="peak rate (follows the batch size)")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random (0)")
+    parser.add_argument("--seed", type=int, default=0, help="of all randomness (0)")
     parser.add_argument("--save_every", type=int, help="save every N steps, too")
     parser.add_argument("--keep", type=int, default=3, help="newest checkpoints (3)")
     parser.add_argument("--data_dir", type=Path, default="data", help="(data)")
@@ -626,7 +638,7 @@ def parse_args() -> Namespace:
 
 
 def main() -> None:
-    """Train in this process, if it is a rank already, or the only one; else start the ranks."""
+    """Call train(args) in this process, if it is a rank or alone; otherwise start the ranks."""
     args = parse_args()
     if utils.has_launcher() or args.world_size == 1:
         utils.run_rank(train, args)

@@ -1,4 +1,4 @@
-"""What DDP needs around a training loop; below `hardening`, what survives failures."""
+"""What DDP needs around a training loop; below `hardening`, what makes it survive failures."""
 
 import contextlib
 import fcntl
@@ -36,15 +36,15 @@ def init_distributed() -> torch.device:
     prepare_process()
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank())
-        # Otherwise "cuda" without a number would mean GPU 0 on every rank.
+        # So that "cuda" without a number means this GPU, and not GPU 0 on every rank.
         torch.cuda.set_device(device)
         # nccl sends tensors that are on a GPU; gloo those on the CPU, and Python objects.
         backend = "cpu:gloo,cuda:nccl"
     else:
         device = torch.device("cpu")
         backend = "gloo"
-    # The store is a table that all ranks can read and write, in which each leaves its address for
-    # the others. The launcher has set variables that say where it is.
+    # The store is a table that all ranks can read and write. Each writes its address into it. (With
+    # torchrun, init_process_group would open the store by itself, from the launcher's variables.)
     store, rank, world_size = open_store()
     dist.init_process_group(
         backend,
@@ -52,7 +52,7 @@ def init_distributed() -> torch.device:
         rank=rank,
         world_size=world_size,
         timeout=TIMEOUT,
-        # nccl then connects here, and not in the first collective: a failure is easier to read.
+        # Lets nccl connect here, not in the first collective, so that a failure is easier to read.
         device_id=device if device.type == "cuda" else None,
     )
     return device
@@ -75,9 +75,9 @@ def print0(text: str) -> None:
 
 
 def print_line(text: str, stream: TextIO) -> None:
-    """Print a line, if the stream still works: output must never cost a training.
+    """Print a line, if the stream still works: a failed print must not end the training.
 
-    Its reader may have ended (`| head`), the terminal may be closed, the disk full.
+    The program that reads it may have ended (`| head`), the terminal may be closed, the disk full.
     """
     with contextlib.suppress(OSError):
         print(text, file=stream, flush=True)
@@ -105,14 +105,14 @@ def broadcast(item: Any, source: int = 0) -> Any:
 
 def any_rank(condition: bool) -> bool:
     """Wait for all ranks; return whether the condition is true on any of them."""
-    # On the CPU: gloo sends it, and nobody has to wait for a GPU.
+    # The tensor is on the CPU, so gloo sends it, and nobody has to wait for a GPU.
     count = torch.tensor(int(condition))
     dist.all_reduce(count)
     return count.item() > 0
 
 
 def call_on(is_chosen: bool, function: Callable[..., Any], *args: Any) -> Any:
-    """Call function(*args) on the chosen ranks, and wait for all ranks.
+    """Call function(*args) on the ranks for which is_chosen is true; all ranks wait for them.
 
     Returns what the function returns, and None on the other ranks. It prevents this mistake:
 
@@ -120,7 +120,7 @@ def call_on(is_chosen: bool, function: Callable[..., Any], *args: Any) -> Any:
             save(...)   # The disk is full: rank 0 exits here.
         dist.barrier()  # Here the others wait for rank 0, until TIMEOUT.
 
-    For problems that a user can mend, functions in these scripts raise SystemExit with a text. If
+    For problems that the user can fix, functions in these scripts raise SystemExit with a text. If
     one does so on any rank, rank 0 prints the text, and all ranks exit. After any other exception,
     that rank ends with a traceback, and its launcher ends the others.
     """
@@ -138,7 +138,7 @@ def call_on(is_chosen: bool, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def exit_together(problem: str) -> NoReturn:
-    """Have rank 0 print one line, and exit. All ranks must call it."""
+    """Exit, on all ranks, which must all call it; rank 0 prints one line before."""
     if dist.get_rank() == 0:
         print_line(f"error: {problem}", sys.stderr)
     # If another rank exited first, torchrun could end rank 0 before it has printed.
@@ -151,7 +151,14 @@ def exit_together(problem: str) -> NoReturn:
 # be repeated, checkpoints that stay whole, processes that start and end in order.
 #
 # A process can handle a signal by a function of its own; it can ignore it (SIG_IGN); or it can
-# leave it to the system (SIG_DFL), which then ends the process.
+# leave it to the system (SIG_DFL), which then ends the process. This is how a process ends when
+#
+#   the training is finished:           exit code 0
+#   the user has to fix something:      one line from rank 0, exit code 1 on all ranks
+#   there is any other exception:       its traceback, exit code 1; the launcher ends the others
+#   one of them gets a stop signal:     all save after the same step, and die of a signal
+#   Ctrl-C comes a second time:         at once, by SIGINT
+#   the launcher is killed:             as by a stop signal, which Linux sends to each rank
 
 # ---------------------------------------------------------------- setting up a process
 
@@ -159,17 +166,14 @@ def exit_together(problem: str) -> NoReturn:
 def prepare_process() -> None:
     """Set up signals, threads, network and GPU of a rank."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # Have Linux send this process SIGTERM when its parent, torchrun, is killed. Otherwise it
-        # would train on.
-        mp._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
-    # If it is ignored, it stays so: in a script, a shell starts commands that end with & like this.
+        stop_when_parent_dies()
+    # Until there is something to save, Ctrl-C shall end this process at once. Python's own handler
+    # would have to wait while C++ code waits for other ranks. (Where a script starts a command with
+    # &, the shell has it ignore Ctrl-C. That stays so.)
     if has_launcher() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        # Until there is something to save, Ctrl-C ends this process at once, even while C++ code
-        # waits for other ranks. Python's own handler would have to wait for that code.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # Nothing of it is used here. DDP imports it, too, but when there is a process group already.
-    # Its functions would have that as a default argument, and so keep gloo's threads, which could
-    # abort this process at its exit.
+    # Against an abort at the exit. DDP imports this module, too; but if there is a process group
+    # already, its functions keep that for ever, as a default argument, with the threads of gloo.
     from torch.distributed import nn  # noqa: F401
 
     if not os.environ.get("OMP_NUM_THREADS"):
@@ -191,8 +195,13 @@ def prepare_process() -> None:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
+def stop_when_parent_dies() -> None:
+    """Have Linux send this process SIGTERM when its launcher is killed: it must not train on."""
+    mp._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
+
+
 def prepare_gpu() -> None:
-    """Have a GPU repeat its results to the last bit; exits if there is none for this rank.
+    """Make the GPU repeat its results to the last bit; exit if there is none for this rank.
 
     Other operations of a model of your own may need torch.use_deterministic_algorithms(True).
     """
@@ -200,7 +209,7 @@ def prepare_gpu() -> None:
     if local_rank() >= gpus:
         problem = f"error: LOCAL_RANK is {local_rank()}, but there are {gpus} GPU(s)"
         sys.exit(f"{problem}: start fewer, or set CUDA_VISIBLE_DEVICES= to use the CPU")
-    # Otherwise cuDNN may choose algorithms that add numbers in any order.
+    # Otherwise cuDNN may choose algorithms that add numbers in a different order each time.
     torch.backends.cudnn.deterministic = True
     # Otherwise an NVLink switch may do so (github.com/NVIDIA/nccl/issues/1497).
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
@@ -212,7 +221,7 @@ def is_single_machine() -> bool:
 
 
 def open_store() -> tuple[dist.Store, int, int]:
-    """Return the store, the rank and the world size, as the launcher has set them."""
+    """Return the store, the rank and the world size, from the launcher's variables."""
     if not has_launcher():
         # One rank alone has the store in its own memory.
         return dist.HashStore(), 0, 1
@@ -254,15 +263,15 @@ def lock_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Not open(..., "w"), which would empty a file to which a link of this name leads. It stays
-        # open, as to close it would end the lock.
+        # Not open(..., "w"): if .lock is a link, that would empty another file. It stays open, as
+        # closing it would end the lock.
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         fix = "delete a .lock of another user, or choose another --checkpoint_dir"
         raise SystemExit(f"cannot write to the checkpoint folder ({error}): {fix}")
     try:
-        # LOCK_NB: do not wait for the lock. Not flock, whose lock loader workers would inherit:
-        # they can outlive a rank that was killed.
+        # LOCK_NB: do not wait for it. Not flock: loader workers would inherit that lock, and they
+        # can outlive a rank that was killed.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise SystemExit(f"another run uses {folder}: choose another --checkpoint_dir")
@@ -272,18 +281,18 @@ def lock_folder(folder: Path) -> None:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, even if the power fails; raises OSError."""
-    # The name is always the same, so that the next save replaces what a killed one has left.
+    # The name is always the same, so the next save removes what a killed one has left.
     temporary = path.with_name(".tmp-checkpoint")
-    # Not opened if it is there already: through a link, another file would be overwritten.
+    # Not overwritten: if it is a link, that would overwrite another file.
     temporary.unlink(missing_ok=True)
     with temporary.open("xb") as file:
         file.write(content)
         file.flush()
-        # Wait until the content is on the disk. Otherwise the new name could be there before it.
+        # Wait until the content is on the disk; otherwise the new name could be there before it.
         os.fsync(file.fileno())
     temporary.replace(path)
-    # Wait until the new name is on the disk, before older files are deleted. Some network file
-    # systems refuse to wait.
+    # A new name is a change of the folder. Wait for that, too, before older files are deleted. Some
+    # network file systems refuse.
     directory = os.open(path.parent, os.O_RDONLY)
     with contextlib.suppress(OSError):
         os.fsync(directory)
@@ -341,7 +350,7 @@ def newest_checkpoint(folder: Path) -> tuple[str, dict[str, Any]] | None:
         try:
             return path.name, decode_checkpoint(path.read_bytes())
         except (OSError, MemoryError) as error:
-            # The file may be whole, and an older one would lose what was trained since then.
+            # This is no damage: the file may be whole, and an older one would lose progress.
             raise SystemExit(f"cannot read {path} ({error!r}): rerun when that works")
         except Exception as error:  # noqa: BLE001 (damage can raise anything)
             reason = str(error).partition("\n")[0]
@@ -363,7 +372,7 @@ class StopRequest:
     """The first stop signal that this process has got, and when."""
 
     signum: int | None = None
-    time = 0.0
+    received_at = 0.0
 
     def is_requested(self) -> bool:
         return self.signum is not None
@@ -373,9 +382,9 @@ class StopRequest:
         now = time.monotonic()
         if self.signum is None:
             self.signum = signum
-            self.time = now
+            self.received_at = now
         # Within a second it is the same Ctrl-C, which terminals and `timeout` send twice.
-        elif signum == signal.SIGINT and now - self.time > 1:
+        elif signum == signal.SIGINT and now - self.received_at > 1:
             raise KeyboardInterrupt
 
 
@@ -383,14 +392,14 @@ def catch_stop_signals() -> StopRequest:
     """From now on, have stop signals noted instead of ending this process."""
     stop = StopRequest()
     for signum in STOP_SIGNALS:
-        # nohup, and & in a script, start programs with some signals ignored, which stay so.
+        # nohup, and & in a script, start programs with some signals ignored. Leave those so.
         if signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, stop.receive)
     return stop
 
 
 def ignore_stop_signals(worker_id: int) -> None:
-    """In a loader worker, ignore stop signals, as its rank handles them.
+    """In a loader worker, ignore stop signals, because its rank handles them.
 
     Terminals and launchers send them to a rank and to its workers. If a worker ended, its rank
     would fail before it could save.
@@ -404,7 +413,7 @@ def die_of(signum: int) -> NoReturn:
 
     A shell then sees that it was stopped: Ctrl-C ends a `for` loop, not only the command in it.
     """
-    # A notebook, or an interactive interpreter, has sys.ps1, and must not be ended itself.
+    # A notebook, or an interactive interpreter, has sys.ps1. The signal would end that, too.
     if not hasattr(sys, "ps1"):
         # What your own code has printed may still be in a buffer.
         with contextlib.suppress(OSError):
@@ -426,14 +435,14 @@ def run_rank(train: Callable[[Any], int | None], args: Any) -> None:
         # The second Ctrl-C. This ends the process at once, without `finally`.
         die_of(signal.SIGINT)
     except SystemExit as error:
-        # From `exit_together`. Its traceback would keep the variables of `train`, and so DDP, which
-        # has to go before its process group.
+        # From `exit_together`. Drop the traceback: it would keep the variables of `train`, and DDP
+        # has to be freed before its process group.
         raise error.with_traceback(None)
     except Exception as error:
         if not has_launcher():
             raise
-        # Print the traceback, and end at once, without `finally`, too: that could wait for other
-        # ranks, which may wait for this one in a collective.
+        # Print the traceback, and end at once, too. `finally` could wait for other ranks, which may
+        # wait for this one in a collective.
         sys.excepthook(type(error), error, error.__traceback__)
         os._exit(1)
     finally:
@@ -446,15 +455,15 @@ def run_rank(train: Callable[[Any], int | None], args: Any) -> None:
 def launch(train: Callable[[Any], int | None], args: Any) -> None:
     """Call train(args) in args.world_size new processes, and wait until they have ended.
 
-    If this process is asked to stop, it asks them to, and in the end dies of the same signal.
+    If this process gets a stop signal, it passes that on to them, and then dies of it, too.
     """
     stop = catch_stop_signals()
     # The store of the ranks is a file. A port could be taken, or be reached by others.
     with tempfile.TemporaryDirectory(prefix="train_ddp-") as folder:
         # In each process, mp.spawn calls run_spawned_rank(rank, *arguments).
         arguments = (train, args, f"file://{folder}/store", os.getpid())
-        # The terminal sends Ctrl-C to the ranks, too. They inherit that it is ignored, and leave it
-        # so, as this process asks them to stop by SIGTERM.
+        # The terminal sends Ctrl-C to the ranks, too. But they inherit that it is ignored, and
+        # leave it so: this process asks them to stop, by SIGTERM.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         context = mp.spawn(run_spawned_rank, arguments, args.world_size, join=False)
         signal.signal(signal.SIGINT, handler)
@@ -483,8 +492,8 @@ def wait_for_ranks(context: mp.ProcessContext, stop: StopRequest) -> None:
         for process in context.processes:
             process.kill()
     except mp.ProcessExitedException as error:
-        # A rank that has stopped, and saved, ends by a signal, as this process will. Its exit code
-        # is then the number of the signal, made negative.
+        # A rank that has stopped, and saved, dies of a signal, as this process will. Then its exit
+        # code is minus the number of the signal.
         if stop.is_requested() and -error.exit_code in STOP_SIGNALS:
             return
         # With 1, the rank has printed its error already.
@@ -496,11 +505,10 @@ def wait_for_ranks(context: mp.ProcessContext, stop: StopRequest) -> None:
 def run_spawned_rank(
     rank: int, train: Callable[[Any], int | None], args: Any, store: str, launcher: int
 ) -> None:
-    """Be one of the processes that `launch` has started."""
-    # Have Linux send this process SIGTERM when its parent, the launcher, is killed.
-    mp._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
+    """Be one of the processes that `launch` has started; `launcher` is its process id."""
+    stop_when_parent_dies()
     if os.getppid() != launcher:
-        # That was before the line above, and this process has got another parent.
+        # It was killed before the line above, and this process has got another parent.
         sys.exit(1)
     # torchrun sets the same variables, except for the last one.
     os.environ["RANK"] = str(rank)

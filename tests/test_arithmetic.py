@@ -320,7 +320,7 @@ def evaluate_some(counts: list[int]) -> list[dict]:
     files = MNIST(SAMPLE, train=False)
     torch.manual_seed(0)
     model = nn.Sequential(ConvNet(), nn.Dropout(0.5))
-    run = Namespace(model=model, device=torch.device("cpu"), last_line=torch.inf)
+    run = Namespace(model=model, device=torch.device("cpu"), last_print=torch.inf)
     run.args = Namespace(batch_size=64)
     results = []
     for count in counts:
@@ -377,7 +377,7 @@ def test_the_line_of_a_step_is_that_of_a_plain_count(world_size, capsys):
         progress = train_ddp.Progress(epoch, images, step, seconds=images / 200)
         progress.loss_sum = 1.5
         progress.loss_count = 2
-        run = Namespace(args=args, train_size=size, progress=progress, last_line=0.0)
+        run = Namespace(args=args, train_size=size, progress=progress, last_print=0.0)
         with patch("torch.distributed.get_rank", lambda: 0):
             train_ddp.report_step(run)
             train_ddp.report_step(run)  # It is too early for another line.

@@ -124,6 +124,7 @@ data       MNIST, 10000 \+ 2000 items
 training   25 images per rank and step, peak lr 0.00625
 start      from scratch, nothing in checkpoints
 (step \d+/200  train loss \d\.\d{{4}}  [\d,]+ images/s  \d:\d\d:\d\d left\n)*\
+(evaluating batch \d+/40\n)*\
 epoch 1/1  train loss {train_loss:.4f}  test loss {test_loss:.4f}  \
 accuracy {test_accuracy:.2%}  {images_per_second:,.0f} images/s  {seconds:.1f} s  \
 checkpoints/epoch00001-image000000000.pt
