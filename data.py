@@ -38,7 +38,7 @@ def load_data(
     - Items may be anything that `compute_loss` in train_ddp.py understands. Here an item is an
       image and the number of its class, an int.
     - A class must have the same number in each process, and in both sets. Sort the names of the
-      classes: a `set` of strings has another order in each process.
+      classes: a `set` of strings has another order in each process, as Python hashes at random.
     - If items change at random, the training set needs a `set_epoch`, like that of `Digits`.
     - If you split one data set in two, draw the split with `seed`, which all ranks share.
     - First, one rank of each machine calls this function, with download=True. When that is done,
@@ -97,8 +97,8 @@ class Digits(Dataset):
         self.padded = F.pad(images, [MAX_SHIFT] * 4)
         self.labels = labels.tolist()
         self.seed = seed
-        # Each image is taken from the middle of the padded one, and so is not shifted, until
-        # `set_epoch` is called. For a test set, it never is.
+        # Until `set_epoch` is called (never, for a test set), each image is taken from the middle
+        # of the padded one, and so is not shifted.
         self.shifts = [[MAX_SHIFT, MAX_SHIFT]] * len(images)
 
     def set_epoch(self, epoch: int) -> None:
@@ -175,7 +175,7 @@ def make_loader(
     If there are workers, new ones are started for each epoch. With persistent_workers, they would
     keep their copies of the data set, which never see what `set_epoch` changes.
     """
-    # A worker that is a copy of its rank ("fork") starts at once, but this is safe on Linux only.
+    # A worker that is a copy of its rank ("fork") starts at once. On macOS it may crash.
     forks = LOADER_WORKERS > 0 and sys.platform == "linux"
     return DataLoader(
         dataset,

@@ -16,7 +16,7 @@ class ConvNet(nn.Module):
     Use nn.GroupNorm instead; or, on GPUs, nn.SyncBatchNorm.convert_sync_batchnorm.
 
     It has no dropout either. `train` seeds all ranks alike, so they would drop the same units;
-    and a resumed training would drop the same units as at its start.
+    and a resumed training, which is seeded again, would drop those of its start.
     """
 
     def __init__(self) -> None:

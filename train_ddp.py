@@ -16,8 +16,7 @@ examples:
 #     GPUs each, rank 5 has the local rank 1.
 # launcher: the program that starts the ranks: torchrun, once on each machine, or this script. It
 #     tells each rank these numbers by environment variables: RANK, LOCAL_RANK, WORLD_SIZE.
-# process group: the ranks that can reach one another. torch keeps it in a global variable, so
-#     dist.get_rank() needs no argument.
+# process group: the ranks that can reach one another; torch keeps it in a global variable.
 # backend: the library that carries their messages: gloo between CPUs, nccl between NVIDIA GPUs.
 # collective: an operation that all ranks must call, in the same order, because each waits for the
 #     others. If only some call it, they wait for 10 minutes (utils.TIMEOUT), and fail. So all ranks
@@ -28,7 +27,7 @@ examples:
 # DDP: DistributedDataParallel, which all-reduces the gradients, and divides by the world size.
 # signal: a message of the system to a process: SIGINT after Ctrl-C, SIGTERM as a request to end.
 #
-# Seven steps turn a plain training script into one for DDP. `train` takes them in this order:
+# Seven steps turn a plain training script into one for DDP. `train`, below, takes them in order:
 #
 # 1. Join the other ranks:                           init_distributed()
 # 2. One rank of each machine downloads the data:    load_on_every_rank(args)
@@ -65,13 +64,12 @@ from data import ResumableSampler, SizedDataset, load_data, make_loader
 from model import ConvNet
 from utils import any_rank, broadcast, call_on, gather, print0
 
-# The model learns to give 0.9 + 0.1 / 10 to the right class, and 0.1 / 10 to each other one.
+# The model learns to give the right class a probability of 0.91, and each other one 0.01.
 LABEL_SMOOTHING = 0.1
 # During this fraction of the training the learning rate rises; then it falls.
 WARM_UP = 0.2
 # Every SYNC_EVERY steps the ranks add up their losses, and learn whether one of them got a signal
-# to stop. Lower it if a step takes seconds: torchrun kills a rank 30 s after the signal, and the
-# checkpoint must be written by then.
+# to stop. Lower it if a step takes seconds: 30 s after the signal, torchrun kills all ranks.
 SYNC_EVERY = 10
 # A line about steps is printed when this time has passed, however long a step takes.
 LOG_SECONDS = 5
@@ -83,12 +81,12 @@ class Progress:
 
     epoch: int = 0  # How many epochs have been trained.
     # How many images of the current epoch all ranks together have trained on. Unlike a number of
-    # batches, this still says where to go on if a resumed training has another world size.
+    # batches, this says where to go on with another world size, too.
     images_done: int = 0
     step: int = 0  # How many optimizer steps have been taken since the start.
     seconds: float = 0.0  # How long the current epoch has been trained.
     # The sum of the losses of single images in this epoch, of all ranks, and the number of these
-    # images. After `add_up_losses`, it is equal to images_done.
+    # images. After `add_up_losses`, it has to be equal to images_done.
     loss_sum: float = 0.0
     loss_count: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # A record per epoch.
@@ -114,9 +112,10 @@ def train(args: Namespace) -> int | None:
     """Train as one rank, for utils.run_rank; return the signal that has stopped it, or None."""
     # Step 1: join the other ranks. The launcher has started them; all run these same lines.
     device = utils.init_distributed()
+    # Machines may have been started with different flags. Rank 0's count.
     args = share_flags(args)
-    # Rank 0 makes sure that no other run uses the folder. With a plain `if dist.get_rank() == 0`,
-    # it would exit alone if one does, and the others would wait for it. With call_on, all exit.
+    # Rank 0 calls lock_folder(folder), which exits if another run uses the folder. With a plain
+    # `if dist.get_rank() == 0`, the others would then wait for rank 0. With call_on, all exit.
     call_on(dist.get_rank() == 0, utils.lock_folder, args.checkpoint_dir)
 
     # Step 2: one rank of each machine downloads the data; then all of them read it.
@@ -133,9 +132,9 @@ def train(args: Namespace) -> int | None:
     resumed_from = resume(run)
     report_start(run, resumed_from)
 
-    # Step 3: wrap the model. This sends rank 0's weights to all ranks. `ddp` has the same weights
-    # as `model`, so the optimizer updates both. If a loss was computed with `ddp`, loss.backward()
-    # also averages the gradients over the ranks.
+    # Step 3: wrap the model. This sends rank 0's weights to all ranks. `ddp` has the same tensors
+    # as `model`, not copies, so the optimizer updates both. If a loss was computed with `ddp`,
+    # loss.backward() also averages the gradients over the ranks.
     ddp = DistributedDataParallel(model)
 
     # Step 4: give each rank its share of the images. The sampler asks the process group for it.
@@ -147,7 +146,7 @@ def train(args: Namespace) -> int | None:
     stop = utils.catch_stop_signals()
     # An earlier process may have been stopped after an epoch, before its evaluation.
     evaluate_if_due(run, test_set)
-    while run.progress.epoch < args.epochs:
+    while run.progress.epoch < args.epochs:  # train_epoch raises it.
         # Step 5: without set_epoch, each epoch would repeat the order of the first.
         sampler.set_epoch(run.progress.epoch, start=run.progress.images_done)
         if hasattr(train_set, "set_epoch"):
@@ -161,7 +160,7 @@ def train(args: Namespace) -> int | None:
         if any_rank(stop.is_requested()):
             print0(f"stopped; {path} has all progress: rerun to resume")
             # utils.run_rank ends the process by the same signal, so that a shell sees that it was
-            # stopped; by SIGTERM, if only another rank got one.
+            # stopped. A rank that got none itself uses SIGTERM.
             return stop.signum or signal.SIGTERM
         evaluate_if_due(run, test_set)
     accuracy = run.progress.history[-1]["test_accuracy"]
@@ -221,7 +220,7 @@ def train_epoch(
     # `evaluate` leaves the model in eval mode.
     ddp.train()
     # The sum of the losses of this rank's images since the last `add_up_losses`, and the number of
-    # these images. With float64 it makes no difference at which steps they are added up.
+    # these images. float64, so that the steps at which they are added up change no digit.
     own_sums = torch.zeros(2, dtype=torch.float64, device=run.device)
     # After a resume, the seconds of an earlier process count, too.
     started = time.monotonic() - progress.seconds
@@ -229,7 +228,8 @@ def train_epoch(
         if not run.buckets_are_settled:
             # Skip this at first. It is only for a resume that is exact to the last bit.
             settle_buckets(run, ddp, batch)
-        # The last step of an epoch has fewer images, but equally many on each rank.
+        # The last step of an epoch has fewer images, but equally many on each rank (`images_left`
+        # leaves out what cannot be shared equally).
         global_batch = min(args.batch_size * args.world_size, images_left(run))
         set_learning_rate(run, global_batch)
         loss_and_count = train_step(run, ddp, batch)
@@ -240,11 +240,11 @@ def train_epoch(
 
         is_saving = args.save_every is not None and progress.step % args.save_every == 0
         # There are collectives below, so the condition must be the same on all ranks. It is true
-        # for batch 0, so that `report_step` has a loss.
+        # for batch 0, so that `report_step` has a loss_count to divide by.
         if is_saving or batch_index % SYNC_EVERY == 0:
             add_up_losses(progress, own_sums)
             if any_rank(stop.is_requested()):
-                # Then `train` saves. The epoch is not over.
+                # `train` saves. A resumed run ends the epoch, even if no image is left.
                 return
         if is_saving:
             save(run)
@@ -271,8 +271,9 @@ def train_step(run: Run, ddp: DistributedDataParallel, batch: Any) -> Tensor:
 def compute_gradients(run: Run, ddp: DistributedDataParallel, batch: Any) -> Tensor:
     """Compute gradients; return what `train_step` returns. (`settle_buckets` needs it, too.)"""
     loss, is_right = compute_loss(ddp, batch, run.device)
-    # While this runs, DDP averages the gradients over the ranks, as soon as they are computed. All
-    # batches of a step are equally large, so the mean of their means is the mean over all images.
+    # DDP has put a hook on each weight. So while this runs, it averages the gradients over the
+    # ranks, as soon as they are computed. All batches of a step are equally large, so the mean of
+    # their means is the mean over all images.
     loss.backward()
     # The loss is a mean; times the count, it is the sum. Both are tensors, to be added up on the
     # device: loss.item() would make the CPU wait for the GPU in each step.
@@ -284,7 +285,7 @@ def add_up_losses(progress: Progress, own_sums: Tensor) -> None:
     """Wait for all ranks; add their losses to the progress, and set own_sums to 0.
 
     DDP averages gradients, never the loss: without this, rank 0 would report its own loss only.
-    Exits if the sum is not finite, or if the ranks had batches of different sizes.
+    Exits if the sum is not finite, or if the number of images is not as expected.
     """
     dist.all_reduce(own_sums)
     # From here on the numbers are equal on all ranks, so either all of them exit, or none.
@@ -306,8 +307,8 @@ def report_step(run: Run) -> None:
     args = run.args
     progress = run.progress
     global_batch = args.batch_size * args.world_size
-    # Each rank takes train_size // world_size images of an epoch.
-    steps_per_epoch = math.ceil(run.train_size // args.world_size / args.batch_size)
+    images_per_rank = run.train_size // args.world_size
+    steps_per_epoch = math.ceil(images_per_rank / args.batch_size)
     steps_left = math.ceil(images_left(run) / global_batch)
     steps_left += (args.epochs - progress.epoch - 1) * steps_per_epoch
     # The loss is as of the last `add_up_losses`.
@@ -330,12 +331,12 @@ def print_at_times(run: Run, text: str) -> None:
 @torch.no_grad()
 def evaluate(run: Run, test_set: SizedDataset) -> dict[str, float]:
     """Wait for all ranks; return test_loss and test_accuracy of the whole test set."""
-    # Not `ddp`: its forward pass may contain a collective, and here the ranks may have different
-    # numbers of batches.
+    # Not `ddp`: its forward pass can broadcast buffers, which is a collective, and here the ranks
+    # may have different numbers of batches.
     model = run.model
     model.eval()
-    # Only for a model with batch norms, which ConvNet is not: each rank has statistics of its own
-    # images. All evaluate with those of rank 0, which the checkpoint has, too.
+    # ConvNet has no buffers, so skip this at first. In a batch norm they are statistics of each
+    # rank's own images. All evaluate with those of rank 0, which the checkpoint has, too.
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
     # Each image is used once. A DistributedSampler would repeat some, to make the shares of all
@@ -356,7 +357,7 @@ def evaluate(run: Run, test_set: SizedDataset) -> dict[str, float]:
 def evaluate_if_due(run: Run, test_set: SizedDataset) -> None:
     """Evaluate the newest epoch, if that has not been done yet; save and print the results.
 
-    The checkpoint gets the same name as the one without the results, and so replaces it.
+    No image has been trained on since then, so the checkpoint gets the same name, and is replaced.
     """
     history = run.progress.history
     if not history or "test_accuracy" in history[-1]:
@@ -375,7 +376,7 @@ def evaluate_if_due(run: Run, test_set: SizedDataset) -> None:
 def images_left(run: Run) -> int:
     """Return how many images of the current epoch are still to be trained on.
 
-    If the last ones are fewer than there are ranks, they go unused in this epoch.
+    If the last ones are fewer than there are ranks, they go unused: of 10 images, 3 ranks take 9.
     """
     left = run.train_size - run.progress.images_done
     return left - left % run.args.world_size
@@ -402,8 +403,8 @@ def end_epoch(run: Run) -> None:
 def set_learning_rate(run: Run, global_batch: int) -> None:
     """Set the learning rate of each group for the next step: its own peak, times one factor.
 
-    The factor is the lower one of two lines, one that rises from 0 to 1, and one that falls to 0.
-    It follows from the number of images seen, so there is no scheduler to save and restore.
+    The factor rises to 1 during WARM_UP, and then falls to 0. It follows from the number of images
+    seen, so there is no scheduler to save and restore.
     """
     progress = run.progress
     images_seen = progress.epoch * run.train_size + progress.images_done
@@ -448,7 +449,7 @@ def load_on_every_rank(args: Namespace) -> tuple[str, SizedDataset, SizedDataset
     # On each rank, one of them is None: call_on returns that to ranks that have not called.
     name, train_set, test_set = loaded_first or loaded_later
     name = f"{name}, {len(train_set)} + {len(test_set)} items"
-    # One machine may have the sample only.
+    # One machine may have only the sample that comes with the scripts.
     names = sorted(set(gather(name)))
     if len(names) > 1:
         problem = f"the ranks have different data: {'; '.join(names)}"
@@ -478,7 +479,7 @@ def report_start(run: Run, resumed_from: Path | None) -> None:
 
 
 def settle_buckets(run: Run, ddp: DistributedDataParallel, batch: Any) -> None:
-    """Compute gradients and throw them away, once in a process.
+    """Compute gradients and throw them away, once in a process. (Skip this at first.)
 
     DDP packs gradients into large tensors, its buckets, and packs them differently after the
     first backward pass of a process. The packing decides in which order the ranks' numbers are
@@ -509,8 +510,8 @@ def save(run: Run) -> Path:
     # A later checkpoint comes later in the alphabet.
     name = f"epoch{progress.epoch:05d}-image{progress.images_done:09d}.pt"
     path = run.args.checkpoint_dir / name
-    # Bad weights must not replace good checkpoints, and the last step may have spoilt them after
-    # its loss was checked. They are equal on all ranks, so either all of them exit, or none.
+    # Bad weights must not replace good checkpoints. The loss does not show whether the last step
+    # has spoilt them. They are equal on all ranks, so either all of them exit, or none.
     if not all(weight.isfinite().all() for weight in run.model.parameters()):
         utils.exit_together("the weights are not finite: rerun with a lower --lr")
     is_rank0 = dist.get_rank() == 0
@@ -534,8 +535,8 @@ def checkpoint_of(run: Run) -> dict[str, Any]:
 def weight_names(run: Run) -> list[str | None]:
     """Return the names of the weights, in the order in which the optimizer has them.
 
-    It saves the state of each weight without its name. If somebody has changed the order of the
-    layers since then, a weight would get the state of another one.
+    The optimizer saves the state of each weight without its name. If somebody has changed the order
+    of the layers since then, a weight would get the state of another one.
     """
     names = {weight: name for name, weight in run.model.named_parameters()}
     groups = run.optimizer.param_groups
@@ -554,13 +555,12 @@ def resume(run: Run) -> Path | None:
 
     On one machine, rank 0 reads the checkpoint, and all load it. All exit if it does not fit.
     """
-    # On several machines, one rank of each reads its own folder, which may be on its own disk.
     folder = run.args.checkpoint_dir
     found = call_on(utils.local_rank() == 0, utils.newest_checkpoint, folder)
     name, saved = found or ("", {})
-    # Rank 0 does not always have the newest. After a failure, torchrun can start the ranks again,
-    # and then rank 0 may be on another machine, with an empty disk.
-    # The names are, for example, ["epoch00001-...", "", "epoch00002-...", ""].
+    # On several machines, one rank of each reads, as each may have its own disk. Rank 0 does not
+    # always have the newest: after a failure, torchrun can start the ranks again, and then rank 0
+    # may be on another machine. An example: ["epoch00001-...", "", "epoch00002-...", ""].
     names = gather(name)
     newest = max(names)
     if not newest:
@@ -578,8 +578,8 @@ def load_checkpoint(run: Run, path: Path, saved: dict[str, Any]) -> None:
     try:
         compare_with_saved(run, saved)
         run.model.load_state_dict(saved["model"])
-        # The other entry, "param_groups", is taken from the code. So if you have changed the weight
-        # decay, for example, the new value counts.
+        # The state dict of an optimizer has two entries. The other, "param_groups", is taken from
+        # the code. So if you have changed the weight decay, for example, the new value counts.
         optimizer_state = run.optimizer.state_dict()
         optimizer_state["state"] = saved["optimizer"]["state"]
         run.optimizer.load_state_dict(optimizer_state)
@@ -625,8 +625,8 @@ def parse_args() -> Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of all randomness (0)")
     parser.add_argument("--save_every", type=int, help="save every N steps, too")
     parser.add_argument("--keep", type=int, default=3, help="newest checkpoints (3)")
-    parser.add_argument("--data_dir", type=Path, default="data", help="(data)")
-    parser.add_argument("--checkpoint_dir", type=Path, default="checkpoints")
+    parser.add_argument("--data_dir", type=Path, default=Path("data"))
+    parser.add_argument("--checkpoint_dir", type=Path, default=Path("checkpoints"))
     args = parser.parse_args()
     for name in "epochs", "batch_size", "world_size", "lr", "save_every", "keep":
         value = getattr(args, name)

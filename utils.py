@@ -12,6 +12,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -43,8 +44,8 @@ def init_distributed() -> torch.device:
     else:
         device = torch.device("cpu")
         backend = "gloo"
-    # The store is a table that all ranks can read and write. Each writes its address into it. (With
-    # torchrun, init_process_group would open the store by itself, from the launcher's variables.)
+    # The store is a table on a server, or in a file, in which the ranks write their addresses.
+    # init_process_group can open it by itself; open_store is for restarts and for `launch`.
     store, rank, world_size = open_store()
     dist.init_process_group(
         backend,
@@ -131,6 +132,7 @@ def call_on(is_chosen: bool, function: Callable[..., Any], *args: Any) -> Any:
             result = function(*args)
         except SystemExit as error:
             problem = str(error)
+    # This is also where the ranks wait.
     for problem_of_rank in gather(problem):
         if problem_of_rank is not None:
             exit_together(problem_of_rank)
@@ -147,49 +149,53 @@ def exit_together(problem: str) -> NoReturn:
 
 
 # ================================================================ hardening
-# Nothing below is needed to understand DDP. It is for programs that run for hours: results that can
-# be repeated, checkpoints that stay whole, processes that start and end in order.
+# On a first reading, stop here: nothing below is needed to understand DDP. It is for programs that
+# run for hours: results that can be repeated, checkpoints that stay whole, processes that start and
+# end in order.
 #
 # A process can handle a signal by a function of its own; it can ignore it (SIG_IGN); or it can
-# leave it to the system (SIG_DFL), which then ends the process. This is how a process ends when
+# leave it to the system (SIG_DFL), which then ends the process. A blocked signal waits until it is
+# unblocked. This is how a process ends when
 #
-#   the training is finished:           exit code 0
-#   the user has to fix something:      one line from rank 0, exit code 1 on all ranks
-#   there is any other exception:       its traceback, exit code 1; the launcher ends the others
-#   one of them gets a stop signal:     all save after the same step, and die of a signal
+#   the training is finished:           with exit code 0
+#   the user has to fix something:      all ranks with exit code 1, after one line from rank 0
+#   there is any other exception:       with its traceback and 1; then the launcher ends the others
+#   a rank gets a stop signal:          all save after the same step, and end by a signal
 #   Ctrl-C comes a second time:         at once, by SIGINT
-#   the launcher is killed:             as by a stop signal, which Linux sends to each rank
+#   the launcher is killed:             as after a stop signal, which Linux sends to each rank
 
 # ---------------------------------------------------------------- setting up a process
 
 
 def prepare_process() -> None:
     """Set up signals, threads, network and GPU of a rank."""
+    # torchrun sets this variable. (`launch` has its own way.)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         stop_when_parent_dies()
-    # Until there is something to save, Ctrl-C shall end this process at once. Python's own handler
-    # would have to wait while C++ code waits for other ranks. (Where a script starts a command with
-    # &, the shell has it ignore Ctrl-C. That stays so.)
+    # Without this, Ctrl-C would not end a rank that waits for others in C++ code, as Python handles
+    # signals between its own instructions only. (Where a script starts a command with &, the shell
+    # has it ignore Ctrl-C. That stays so.)
     if has_launcher() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # Against an abort at the exit. DDP imports this module, too; but if there is a process group
-    # already, its functions keep that for ever, as a default argument, with the threads of gloo.
+    # Without this, DDP would import the module when there is a process group, which its functions
+    # would keep for ever, as a default argument. The threads of gloo would go on until the process
+    # exits, and could make it crash then.
     from torch.distributed import nn  # noqa: F401
 
+    # Without this, several threads would waste cores by waiting for one another. To use more cores,
+    # start more ranks.
     if not os.environ.get("OMP_NUM_THREADS"):
-        # Several threads would waste cores by waiting for one another. To use more cores, start
-        # more ranks.
         torch.set_num_threads(1)
+    # Without this, gloo would listen at the address of the host name, where other machines could
+    # connect. The loopback interface (127.0.0.1) only leads back to this one.
     if is_single_machine():
-        # Use the network interface that leads back to this machine. Otherwise gloo would listen at
-        # the address of the host name, where other machines could connect.
         loopback = "lo" if sys.platform == "linux" else "lo0"
         os.environ["GLOO_SOCKET_IFNAME"] = loopback
         os.environ["NCCL_SOCKET_IFNAME"] = loopback
     if torch.cuda.is_available():
         prepare_gpu()
     else:
-        # Otherwise the threads of this process interrupt one another, and two ranks on two cores
+        # Without this, the threads of a process interrupt one another, and two ranks on two cores
         # take 1.5 times as long. (macOS lacks the call, and a sandbox may refuse it.)
         with contextlib.suppress(AttributeError, OSError):
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
@@ -216,12 +222,16 @@ def prepare_gpu() -> None:
 
 
 def is_single_machine() -> bool:
-    """Return whether all ranks are on this machine, as far as the launcher tells."""
+    """Return whether all ranks are on this machine; also if there is no launcher."""
     return os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
 
 
 def open_store() -> tuple[dist.Store, int, int]:
-    """Return the store, the rank and the world size, from the launcher's variables."""
+    """Return the store, the rank and the world size, from the launcher's variables.
+
+    torch can do this by itself, except for `launch` and for restarts: torchrun can start all ranks
+    again when one has failed, and its store then still has the addresses of the dead ones.
+    """
     if not has_launcher():
         # One rank alone has the store in its own memory.
         return dist.HashStore(), 0, 1
@@ -231,8 +241,7 @@ def open_store() -> tuple[dist.Store, int, int]:
     # rendezvous is a generator with a single item.
     store, rank, world_size = next(dist.rendezvous(init_method, timeout=TIMEOUT))
     if is_single_machine():
-        # torchrun can start all ranks again, with the same store, when one has failed. With a
-        # prefix in each key, they do not find the addresses of the dead ones. (Several machines may
+        # With another prefix in each key, restarted ranks do not find those. (Several machines may
         # count restarts differently, see github.com/pytorch/pytorch/issues/135712.)
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(restarts, store)
@@ -241,7 +250,10 @@ def open_store() -> tuple[dist.Store, int, int]:
 
 
 def refuse_unsafe_restarts() -> None:
-    """Exit if restarted ranks on several machines would find the addresses of dead ones."""
+    """Exit if restarted ranks on several machines would find the addresses of dead ones.
+
+    It is so if torchrun was told to restart ranks, and keeps one store for all restarts.
+    """
     keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     can_restart = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if keeps_store and can_restart and not is_single_machine():
@@ -413,7 +425,8 @@ def die_of(signum: int) -> NoReturn:
 
     A shell then sees that it was stopped: Ctrl-C ends a `for` loop, not only the command in it.
     """
-    # A notebook, or an interactive interpreter, has sys.ps1. The signal would end that, too.
+    # A notebook, or an interactive interpreter, has sys.ps1. The signal would end that, so there
+    # only the exit code says it, as shells do.
     if not hasattr(sys, "ps1"):
         # What your own code has printed may still be in a buffer.
         with contextlib.suppress(OSError):
@@ -432,11 +445,11 @@ def run_rank(train: Callable[[Any], int | None], args: Any) -> None:
     try:
         signum = train(args)
     except KeyboardInterrupt:
-        # The second Ctrl-C. This ends the process at once, without `finally`.
+        # The second Ctrl-C. This ends the process at once, before `finally`.
         die_of(signal.SIGINT)
     except SystemExit as error:
-        # From `exit_together`. Drop the traceback: it would keep the variables of `train`, and DDP
-        # has to be freed before its process group.
+        # From `exit_together`. Without its traceback, which keeps the variables of `train`: if DDP
+        # is not freed before the process group, the threads of gloo stay (see prepare_process).
         raise error.with_traceback(None)
     except Exception as error:
         if not has_launcher():
@@ -462,11 +475,13 @@ def launch(train: Callable[[Any], int | None], args: Any) -> None:
     with tempfile.TemporaryDirectory(prefix="train_ddp-") as folder:
         # In each process, mp.spawn calls run_spawned_rank(rank, *arguments).
         arguments = (train, args, f"file://{folder}/store", os.getpid())
-        # The terminal sends Ctrl-C to the ranks, too. But they inherit that it is ignored, and
-        # leave it so: this process asks them to stop, by SIGTERM.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # The terminal sends Ctrl-C to the ranks, too. But they inherit that it is blocked, and
+        # leave it so: this process asks them to stop, by SIGTERM. In this process it only has to
+        # wait. (If Python's resource tracker was started later, it would unblock it.)
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         context = mp.spawn(run_spawned_rank, arguments, args.world_size, join=False)
-        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         wait_for_ranks(context, stop)
     if stop.signum is not None:
         die_of(stop.signum)

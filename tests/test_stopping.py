@@ -281,15 +281,16 @@ SIGNALLED_WHILE_SPAWNING = """
 spawn = mp.spawn
 def spawn_and_be_stopped(*args, **kwargs):
     context = spawn(*args, **kwargs)
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.{name})
     return context
 mp.spawn = spawn_and_be_stopped
 """
 
 
-def test_a_signal_that_comes_while_ranks_are_started_is_not_lost(launch):
-    job = launch(*LONG, **fault(utils=SIGNALLED_WHILE_SPAWNING))
-    assert job.wait(TOGETHER) == -signal.SIGTERM, job.output()
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_that_comes_while_ranks_are_started_is_not_lost(launch, name):
+    job = launch(*LONG, **fault(utils=SIGNALLED_WHILE_SPAWNING.format(name=name)))
+    assert job.wait(TOGETHER) == -signal.Signals[name], job.output()
     assert not job.everyone()
 
 
@@ -430,8 +431,8 @@ def test_a_stop_during_start_up_ends_all_at_once(name, tmp_path, start):
     importing = lambda: any(map(imports_torch, job.workers()))
     wait_until(importing, "a rank imports torch", job)
     ranks = [pid for pid in job.workers() if imports_torch(pid)]
-    ignore = [has_bit(pid, "SigIgn", signal.SIGINT) for pid in ranks]
-    assert all(ignore), "a rank would get Ctrl-C, as well as the launcher"
+    blocked = [has_bit(pid, "SigBlk", signal.SIGINT) for pid in ranks]
+    assert all(blocked), "a rank would get Ctrl-C, as well as the launcher"
     if name == "INT":
         os.killpg(job.process.pid, number)
     else:
