@@ -1,4 +1,4 @@
-"""The data, and who gets which part of it. A data set of your own replaces `load_data`."""
+"""The data, and who gets which part of it. For data of your own, replace `load_data`."""
 
 import socket
 import sys
@@ -98,7 +98,7 @@ class Digits(Dataset):
         self.labels = labels.tolist()
         self.seed = seed
         # Until `set_epoch` is called (never, for a test set), each image is taken from the middle
-        # of the padded one, and so is not shifted.
+        # of the padded one, at [MAX_SHIFT, MAX_SHIFT], and so is not shifted.
         self.shifts = [[MAX_SHIFT, MAX_SHIFT]] * len(images)
 
     def set_epoch(self, epoch: int) -> None:
@@ -183,7 +183,7 @@ def make_loader(
         sampler=sampler,
         num_workers=LOADER_WORKERS,
         multiprocessing_context="fork" if forks else None,
-        # Their rank handles signals.
+        # The rank of a worker handles signals.
         worker_init_fn=utils.ignore_stop_signals,
         # The system never moves pinned memory elsewhere, so a GPU can fetch a batch from it while
         # the CPU goes on (non_blocking=True).

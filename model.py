@@ -38,7 +38,7 @@ class ConvNet(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map raw pixels, uint8 [B, 28, 28], to logits, float32 [B, 10]."""
-        # The pixels are normalised here, so that training, evaluation and your own images
-        # cannot disagree. unsqueeze adds the channel: [B, 1, 28, 28].
+        # The pixels are normalised here, so that this is the same in training, in evaluation and
+        # for images of your own. unsqueeze adds the channel: [B, 1, 28, 28].
         pixels = images.unsqueeze(1).float()
         return self.layers((pixels - PIXEL_MEAN) / PIXEL_STD)

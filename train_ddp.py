@@ -64,12 +64,12 @@ from data import ResumableSampler, SizedDataset, load_data, make_loader
 from model import ConvNet
 from utils import any_rank, broadcast, call_on, gather, print0
 
-# The model learns to give the right class a probability of 0.91, and each other one 0.01.
+# With ten classes, the model learns to give 0.91 to the right one, and 0.01 to each other one.
 LABEL_SMOOTHING = 0.1
 # During this fraction of the training the learning rate rises; then it falls.
 WARM_UP = 0.2
 # Every SYNC_EVERY steps the ranks add up their losses, and learn whether one of them got a signal
-# to stop. Lower it if a step takes seconds: 30 s after the signal, torchrun kills all ranks.
+# to stop. Lower it if a step takes seconds: 30 s after it got one, torchrun kills all ranks.
 SYNC_EVERY = 10
 # A line about steps is printed when this time has passed, however long a step takes.
 LOG_SECONDS = 5
@@ -86,7 +86,7 @@ class Progress:
     step: int = 0  # How many optimizer steps have been taken since the start.
     seconds: float = 0.0  # How long the current epoch has been trained.
     # The sum of the losses of single images in this epoch, of all ranks, and the number of these
-    # images. After `add_up_losses`, it has to be equal to images_done.
+    # images. After `add_up_losses`, loss_count has to be equal to images_done.
     loss_sum: float = 0.0
     loss_count: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # A record per epoch.
@@ -112,10 +112,10 @@ def train(args: Namespace) -> int | None:
     """Train as one rank, for utils.run_rank; return the signal that has stopped it, or None."""
     # Step 1: join the other ranks. The launcher has started them; all run these same lines.
     device = utils.init_distributed()
-    # Machines may have been started with different flags. Rank 0's count.
+    # Machines may have been started with different flags. All use those of rank 0.
     args = share_flags(args)
-    # Rank 0 calls lock_folder(folder), which exits if another run uses the folder. With a plain
-    # `if dist.get_rank() == 0`, the others would then wait for rank 0. With call_on, all exit.
+    # Rank 0 calls lock_folder(folder), which exits if another run uses the folder. With call_on,
+    # all ranks exit then. (Why not just `if dist.get_rank() == 0`? See call_on.)
     call_on(dist.get_rank() == 0, utils.lock_folder, args.checkpoint_dir)
 
     # Step 2: one rank of each machine downloads the data; then all of them read it.
@@ -137,7 +137,7 @@ def train(args: Namespace) -> int | None:
     # loss.backward() also averages the gradients over the ranks.
     ddp = DistributedDataParallel(model)
 
-    # Step 4: give each rank its share of the images. The sampler asks the process group for it.
+    # Step 4: give each rank its share. The sampler asks the process group for rank and world size.
     sampler = ResumableSampler(train_set, seed=args.seed)
     loader = make_loader(train_set, args.batch_size, sampler)
 
@@ -146,7 +146,7 @@ def train(args: Namespace) -> int | None:
     stop = utils.catch_stop_signals()
     # An earlier process may have been stopped after an epoch, before its evaluation.
     evaluate_if_due(run, test_set)
-    while run.progress.epoch < args.epochs:  # train_epoch raises it.
+    while run.progress.epoch < args.epochs:  # train_epoch adds 1 to it.
         # Step 5: without set_epoch, each epoch would repeat the order of the first.
         sampler.set_epoch(run.progress.epoch, start=run.progress.images_done)
         if hasattr(train_set, "set_epoch"):
@@ -156,11 +156,11 @@ def train(args: Namespace) -> int | None:
         train_epoch(run, ddp, loader, stop)
         # Step 7: rank 0 saves, before the evaluation, which may fail or take long.
         path = save(run)
-        # True if `train_epoch` has returned early, or if a signal has come since then.
+        # The ranks ask together whether one got a signal, in `train_epoch` or since then.
         if any_rank(stop.is_requested()):
             print0(f"stopped; {path} has all progress: rerun to resume")
             # utils.run_rank ends the process by the same signal, so that a shell sees that it was
-            # stopped. A rank that got none itself uses SIGTERM.
+            # stopped. A rank that got none uses SIGTERM: 0 would mean that all is finished.
             return stop.signum or signal.SIGTERM
         evaluate_if_due(run, test_set)
     accuracy = run.progress.history[-1]["test_accuracy"]
@@ -220,7 +220,7 @@ def train_epoch(
     # `evaluate` leaves the model in eval mode.
     ddp.train()
     # The sum of the losses of this rank's images since the last `add_up_losses`, and the number of
-    # these images. float64, so that the steps at which they are added up change no digit.
+    # these images. In float32, rounding would depend on the steps at which they are added up.
     own_sums = torch.zeros(2, dtype=torch.float64, device=run.device)
     # After a resume, the seconds of an earlier process count, too.
     started = time.monotonic() - progress.seconds
@@ -239,17 +239,18 @@ def train_epoch(
         progress.seconds = time.monotonic() - started
 
         is_saving = args.save_every is not None and progress.step % args.save_every == 0
-        # There are collectives below, so the condition must be the same on all ranks. It is true
-        # for batch 0, so that `report_step` has a loss_count to divide by.
+        # A checkpoint needs the sums of all ranks, and `report_step` needs some after batch 0. The
+        # condition must be the same on all ranks, as there are collectives below.
         if is_saving or batch_index % SYNC_EVERY == 0:
             add_up_losses(progress, own_sums)
             if any_rank(stop.is_requested()):
-                # `train` saves. A resumed run ends the epoch, even if no image is left.
+                # `train` saves. If this was the last batch, a resumed run gets none, and goes on
+                # below the loop.
                 return
         if is_saving:
             save(run)
         report_step(run)
-    # Those of the steps since the last time.
+    # The losses of the last steps.
     add_up_losses(progress, own_sums)
     end_epoch(run)
 
@@ -269,11 +270,11 @@ def train_step(run: Run, ddp: DistributedDataParallel, batch: Any) -> Tensor:
 
 
 def compute_gradients(run: Run, ddp: DistributedDataParallel, batch: Any) -> Tensor:
-    """Compute gradients; return what `train_step` returns. (`settle_buckets` needs it, too.)"""
+    """Compute gradients; return what `train_step` returns. (Split off for `settle_buckets`.)"""
     loss, is_right = compute_loss(ddp, batch, run.device)
-    # DDP has put a hook on each weight. So while this runs, it averages the gradients over the
-    # ranks, as soon as they are computed. All batches of a step are equally large, so the mean of
-    # their means is the mean over all images.
+    # DDP has put a hook on each weight, a function that is called when its gradient is computed.
+    # So while this runs, DDP averages the gradients over the ranks. All batches of a step are
+    # equally large, so the mean of their means is the mean over all images.
     loss.backward()
     # The loss is a mean; times the count, it is the sum. Both are tensors, to be added up on the
     # device: loss.item() would make the CPU wait for the GPU in each step.
@@ -287,6 +288,7 @@ def add_up_losses(progress: Progress, own_sums: Tensor) -> None:
     DDP averages gradients, never the loss: without this, rank 0 would report its own loss only.
     Exits if the sum is not finite, or if the number of images is not as expected.
     """
+    # This replaces own_sums by the sum of those of all ranks.
     dist.all_reduce(own_sums)
     # From here on the numbers are equal on all ranks, so either all of them exit, or none.
     loss_sum, count = own_sums.tolist()
@@ -303,7 +305,7 @@ def add_up_losses(progress: Progress, own_sums: Tensor) -> None:
 
 
 def report_step(run: Run) -> None:
-    """Report steps, train loss, speed and the time left, at times."""
+    """Report steps, train loss, speed and the time left, from time to time."""
     args = run.args
     progress = run.progress
     global_batch = args.batch_size * args.world_size
@@ -331,12 +333,12 @@ def print_at_times(run: Run, text: str) -> None:
 @torch.no_grad()
 def evaluate(run: Run, test_set: SizedDataset) -> dict[str, float]:
     """Wait for all ranks; return test_loss and test_accuracy of the whole test set."""
-    # Not `ddp`: its forward pass can broadcast buffers, which is a collective, and here the ranks
-    # may have different numbers of batches.
+    # Not `ddp`: its forward pass may contain a collective, and here the ranks may have different
+    # numbers of batches.
     model = run.model
     model.eval()
-    # ConvNet has no buffers, so skip this at first. In a batch norm they are statistics of each
-    # rank's own images. All evaluate with those of rank 0, which the checkpoint has, too.
+    # Skip this at first: ConvNet has no buffers. In a batch norm they are statistics of each rank's
+    # own images. All evaluate with those of rank 0, which the checkpoint has, too.
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
     # Each image is used once. A DistributedSampler would repeat some, to make the shares of all
@@ -357,7 +359,7 @@ def evaluate(run: Run, test_set: SizedDataset) -> dict[str, float]:
 def evaluate_if_due(run: Run, test_set: SizedDataset) -> None:
     """Evaluate the newest epoch, if that has not been done yet; save and print the results.
 
-    No image has been trained on since then, so the checkpoint gets the same name, and is replaced.
+    The checkpoint that was saved at the end of the epoch has the same name, and is replaced.
     """
     history = run.progress.history
     if not history or "test_accuracy" in history[-1]:
@@ -416,7 +418,7 @@ def set_learning_rate(run: Run, global_batch: int) -> None:
     factor = min(rising, falling)
     for group in run.optimizer.param_groups:
         if "initial_lr" not in group:
-            # In the first call it is still the rate that `build_optimizer` has set: the peak.
+            # In the first call, also after a resume, it is what `build_optimizer` has set.
             group["initial_lr"] = group["lr"]
         group["lr"] = group["initial_lr"] * factor
 
@@ -503,11 +505,11 @@ def settle_buckets(run: Run, ddp: DistributedDataParallel, batch: Any) -> None:
 def save(run: Run) -> Path:
     """Wait until rank 0 has written a checkpoint; return its path.
 
-    No rank may end before it is written: when one has ended, the launcher ends the others, even
-    rank 0 while it is writing.
+    No rank may end before it is written: when one has ended by a signal, the launcher ends the
+    others, even rank 0 while it is writing.
     """
     progress = run.progress
-    # A later checkpoint comes later in the alphabet.
+    # A later checkpoint has a name that sorts later.
     name = f"epoch{progress.epoch:05d}-image{progress.images_done:09d}.pt"
     path = run.args.checkpoint_dir / name
     # Bad weights must not replace good checkpoints. The loss does not show whether the last step
@@ -560,7 +562,8 @@ def resume(run: Run) -> Path | None:
     name, saved = found or ("", {})
     # On several machines, one rank of each reads, as each may have its own disk. Rank 0 does not
     # always have the newest: after a failure, torchrun can start the ranks again, and then rank 0
-    # may be on another machine. An example: ["epoch00001-...", "", "epoch00002-...", ""].
+    # may be on another machine. Two machines with two ranks each may have, for example,
+    # ["epoch00001-...", "", "epoch00002-...", ""].
     names = gather(name)
     newest = max(names)
     if not newest:
@@ -622,7 +625,7 @@ def parse_args() -> Namespace:
     parser.add_argument("--batch_size", type=int, default=64, help="per rank (64)")
     parser.add_argument("--world_size", type=int, default=world_size, help="ranks")
     parser.add_argument("--lr", type=float, help="peak rate (follows the batch size)")
-    parser.add_argument("--seed", type=int, default=0, help="of all randomness (0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (0)")
     parser.add_argument("--save_every", type=int, help="save every N steps, too")
     parser.add_argument("--keep", type=int, default=3, help="newest checkpoints (3)")
     parser.add_argument("--data_dir", type=Path, default=Path("data"))

@@ -45,7 +45,7 @@ def init_distributed() -> torch.device:
         device = torch.device("cpu")
         backend = "gloo"
     # The store is a table on a server, or in a file, in which the ranks write their addresses.
-    # init_process_group can open it by itself; open_store is for restarts and for `launch`.
+    # init_process_group can open it by itself; open_store is for restarts (skip it at first, too).
     store, rank, world_size = open_store()
     dist.init_process_group(
         backend,
@@ -119,7 +119,7 @@ def call_on(is_chosen: bool, function: Callable[..., Any], *args: Any) -> Any:
 
         if dist.get_rank() == 0:
             save(...)   # The disk is full: rank 0 exits here.
-        dist.barrier()  # Here the others wait for rank 0, until TIMEOUT.
+        dist.barrier()  # The others wait here, and then fail, each with a traceback.
 
     For problems that the user can fix, functions in these scripts raise SystemExit with a text. If
     one does so on any rank, rank 0 prints the text, and all ranks exit. After any other exception,
@@ -132,7 +132,7 @@ def call_on(is_chosen: bool, function: Callable[..., Any], *args: Any) -> Any:
             result = function(*args)
         except SystemExit as error:
             problem = str(error)
-    # This is also where the ranks wait.
+    # In `gather` all ranks wait.
     for problem_of_rank in gather(problem):
         if problem_of_rank is not None:
             exit_together(problem_of_rank)
@@ -143,7 +143,7 @@ def exit_together(problem: str) -> NoReturn:
     """Exit, on all ranks, which must all call it; rank 0 prints one line before."""
     if dist.get_rank() == 0:
         print_line(f"error: {problem}", sys.stderr)
-    # If another rank exited first, torchrun could end rank 0 before it has printed.
+    # Wait until rank 0 has printed: as soon as one rank exits, torchrun ends the others.
     dist.barrier()
     sys.exit(1)
 
@@ -159,7 +159,7 @@ def exit_together(problem: str) -> NoReturn:
 #
 #   the training is finished:           with exit code 0
 #   the user has to fix something:      all ranks with exit code 1, after one line from rank 0
-#   there is any other exception:       with its traceback and 1; then the launcher ends the others
+#   there is any other exception:       with its traceback, and 1; the launcher ends the others
 #   a rank gets a stop signal:          all save after the same step, and end by a signal
 #   Ctrl-C comes a second time:         at once, by SIGINT
 #   the launcher is killed:             as after a stop signal, which Linux sends to each rank
@@ -173,13 +173,13 @@ def prepare_process() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         stop_when_parent_dies()
     # Without this, Ctrl-C would not end a rank that waits for others in C++ code, as Python handles
-    # signals between its own instructions only. (Where a script starts a command with &, the shell
-    # has it ignore Ctrl-C. That stays so.)
+    # signals between its own instructions only. (If a script starts a command with &, the shell
+    # makes it ignore Ctrl-C, and that stays so.)
     if has_launcher() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # Without this, DDP would import the module when there is a process group, which its functions
-    # would keep for ever, as a default argument. The threads of gloo would go on until the process
-    # exits, and could make it crash then.
+    # Without this, DDP would import the module later. Its functions have a default argument,
+    # group=group.WORLD: nothing now, but later the process group, which they would keep. Then its
+    # threads would still run when the process exits, and could make it crash.
     from torch.distributed import nn  # noqa: F401
 
     # Without this, several threads would waste cores by waiting for one another. To use more cores,
@@ -229,8 +229,8 @@ def is_single_machine() -> bool:
 def open_store() -> tuple[dist.Store, int, int]:
     """Return the store, the rank and the world size, from the launcher's variables.
 
-    torch can do this by itself, except for `launch` and for restarts: torchrun can start all ranks
-    again when one has failed, and its store then still has the addresses of the dead ones.
+    torch can do this by itself, except for restarts: torchrun can start all ranks again when one
+    has failed, and its store then still has the addresses of the dead ones.
     """
     if not has_launcher():
         # One rank alone has the store in its own memory.
@@ -241,8 +241,8 @@ def open_store() -> tuple[dist.Store, int, int]:
     # rendezvous is a generator with a single item.
     store, rank, world_size = next(dist.rendezvous(init_method, timeout=TIMEOUT))
     if is_single_machine():
-        # With another prefix in each key, restarted ranks do not find those. (Several machines may
-        # count restarts differently, see github.com/pytorch/pytorch/issues/135712.)
+        # After a restart, each key begins with another number, so nobody finds the addresses of the
+        # dead ranks. (Several machines may count differently: pytorch/pytorch issue 135712.)
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(restarts, store)
     store.set_timeout(TIMEOUT)
@@ -252,7 +252,7 @@ def open_store() -> tuple[dist.Store, int, int]:
 def refuse_unsafe_restarts() -> None:
     """Exit if restarted ranks on several machines would find the addresses of dead ones.
 
-    It is so if torchrun was told to restart ranks, and keeps one store for all restarts.
+    They would if torchrun may restart ranks, and keeps one store for all restarts.
     """
     keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     can_restart = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
@@ -275,15 +275,15 @@ def lock_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Not open(..., "w"): if .lock is a link, that would empty another file. It stays open, as
-        # closing it would end the lock.
+        # Not open(..., "w"): if .lock is a link, that would empty another file. It stays open
+        # (Python closes no int), as closing it would end the lock.
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         fix = "delete a .lock of another user, or choose another --checkpoint_dir"
         raise SystemExit(f"cannot write to the checkpoint folder ({error}): {fix}")
     try:
-        # LOCK_NB: do not wait for it. Not flock: loader workers would inherit that lock, and they
-        # can outlive a rank that was killed.
+        # LOCK_NB: do not wait for it. Not flock: loader workers would share that lock, and they can
+        # outlive a rank that was killed.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise SystemExit(f"another run uses {folder}: choose another --checkpoint_dir")
@@ -314,6 +314,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def save_checkpoint(path: Path, state: dict[str, Any], keep: int) -> None:
     """Write a checkpoint, then delete all but the `keep` newest; raises SystemExit."""
     checkpoints = sorted(path.parent.glob(CHECKPOINT_PATTERN), reverse=True)
+    # If there are newer ones, they are damaged: they do not count.
     older = [checkpoint for checkpoint in checkpoints if checkpoint.name < path.name]
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -425,8 +426,8 @@ def die_of(signum: int) -> NoReturn:
 
     A shell then sees that it was stopped: Ctrl-C ends a `for` loop, not only the command in it.
     """
-    # A notebook, or an interactive interpreter, has sys.ps1. The signal would end that, so there
-    # only the exit code says it, as shells do.
+    # A notebook, or an interactive interpreter, has sys.ps1. The signal would end the notebook, so
+    # there it is only an exit code, as shells write it.
     if not hasattr(sys, "ps1"):
         # What your own code has printed may still be in a buffer.
         with contextlib.suppress(OSError):
@@ -475,9 +476,9 @@ def launch(train: Callable[[Any], int | None], args: Any) -> None:
     with tempfile.TemporaryDirectory(prefix="train_ddp-") as folder:
         # In each process, mp.spawn calls run_spawned_rank(rank, *arguments).
         arguments = (train, args, f"file://{folder}/store", os.getpid())
-        # The terminal sends Ctrl-C to the ranks, too. But they inherit that it is blocked, and
-        # leave it so: this process asks them to stop, by SIGTERM. In this process it only has to
-        # wait. (If Python's resource tracker was started later, it would unblock it.)
+        # The terminal sends Ctrl-C to the ranks, too. But they inherit that it is blocked: this
+        # process asks them to stop, by SIGTERM. Here, Ctrl-C waits until it is unblocked. To start
+        # Python's resource tracker would unblock it, so that comes first.
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         context = mp.spawn(run_spawned_rank, arguments, args.world_size, join=False)
@@ -523,7 +524,7 @@ def run_spawned_rank(
     """Be one of the processes that `launch` has started; `launcher` is its process id."""
     stop_when_parent_dies()
     if os.getppid() != launcher:
-        # It was killed before the line above, and this process has got another parent.
+        # The launcher was killed before the line above, and this process has got another parent.
         sys.exit(1)
     # torchrun sets the same variables, except for the last one.
     os.environ["RANK"] = str(rank)
