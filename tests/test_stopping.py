@@ -425,12 +425,13 @@ def imports_torch(pid: int) -> bool:
 
 @pytest.mark.parametrize("name", ["INT", "KILL"])
 def test_a_stop_during_start_up_ends_all_at_once(name, tmp_path, start):
-    """Ctrl-C, and a killed launcher, while a rank imports torch."""
+    """Ctrl-C, and a killed launcher, while both ranks import torch."""
     number = signal.Signals[f"SIG{name}"]
     job = start(command(*LONG, *TWO))
-    importing = lambda: any(map(imports_torch, job.workers()))
-    wait_until(importing, "a rank imports torch", job)
-    ranks = [pid for pid in job.workers() if imports_torch(pid)]
+    importing = lambda: [pid for pid in job.workers() if imports_torch(pid)]
+    # With fewer, Python itself would report that it could not hand over the arguments.
+    wait_until(lambda: len(importing()) == 2, "two ranks import torch", job)
+    ranks = importing()
     blocked = [has_bit(pid, "SigBlk", signal.SIGINT) for pid in ranks]
     assert all(blocked), "a rank would get Ctrl-C, as well as the launcher"
     if name == "INT":
