@@ -171,18 +171,23 @@ def mirror(small, monkeypatch):
     server.server_close()
 
 
-def load_in_rank(data_dir: Path, url: str, resources: list) -> str:
+def load_in_rank(data_dir: Path, url: str, resources: list) -> tuple[str, list]:
+    """Return the name of the data, and with which `download` this rank has loaded them."""
     MNIST.mirrors = [url]
     MNIST.resources = resources
     args = Namespace(data_dir=data_dir, seed=0, world_size=3)
-    return train_ddp.load_on_every_rank(args)[0]
+    load = mock.Mock(wraps=train_ddp.load_data)
+    with mock.patch("train_ddp.load_data", load):
+        name, *_ = train_ddp.load_on_every_rank(args)
+    return name, [call.args[-1] for call in load.call_args_list]
 
 
 def test_ranks_of_a_machine_download_once(tmp_path, mirror):
     folder = tmp_path / "new" / "data"
     url = f"{mirror.url}/good/"
-    names = in_ranks(3, load_in_rank, folder, url, mirror.resources)
-    assert names == ["MNIST, 200 + 50 items"] * 3
+    loaded = in_ranks(3, load_in_rank, folder, url, mirror.resources)
+    name = "MNIST, 200 + 50 items"
+    assert loaded == [(name, [True]), (name, [False]), (name, [False])]
     assert sorted({*mirror.requested}) == sorted(mirror.files)
     # torchvision asks for each file twice: first, where it is.
     assert len(mirror.requested) == 2 * len(mirror.files)
