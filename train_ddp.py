@@ -628,7 +628,7 @@ def parse_args() -> Namespace:
     parser.add_argument("--seed", type=int, default=0, help="random seed (0)")
     parser.add_argument("--save_every", type=int, help="save every N steps, too")
     parser.add_argument("--keep", type=int, default=3, help="newest checkpoints (3)")
-    parser.add_argument("--data_dir", type=Path, default=Path("data"))
+    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="(data)")
     parser.add_argument("--checkpoint_dir", type=Path, default=Path("checkpoints"))
     args = parser.parse_args()
     for name in "epochs", "batch_size", "world_size", "lr", "save_every", "keep":
